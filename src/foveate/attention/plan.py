@@ -1,0 +1,289 @@
+"""Plans: which keys each query reads.
+
+A plan names slots of the stored keys; causality, windows of the model and padding are the positions' business
+(positions.py) and always apply on top. Every plan can say its definition (`to_mask`), the share of the visible
+pairs that it reads (`density`) and the one sparse form that kernels read (`lower`). No plan holds an M x N mask.
+
+In `to_mask` and `density` the M queries are the last of N keys unless positions are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from foveate.attention.positions import Positions
+from foveate.attention.sparse_plan import SparsePlan, csr_from_mask
+from foveate.errors import PlanError
+
+CPU = torch.device("cpu")
+
+
+class Plan:
+    """Base of all plans."""
+
+    def to_mask(self, m: int, n: int, positions: Positions | None = None) -> Tensor:
+        """Bool [B or 1, H or 1, M, N], H = Hkv or Hq: True where the query reads the key. The definition."""
+        positions = positions or Positions()
+        return self.reads(m, n, positions) & positions.visible(m, n, self.device)
+
+    def reads(self, m: int, n: int, positions: Positions) -> Tensor:
+        """The plan's own choice before visibility, bool, broadcastable to [B, H, M, N]."""
+        raise PlanError(f"{type(self).__name__} defines no mask")
+
+    def density(self, m: int, n: int, positions: Positions | None = None) -> float:
+        """Pairs read over visible pairs, in [0, 1]; 1 where nothing is visible."""
+        positions = positions or Positions()
+        visible = positions.visible(m, n, self.device)
+        mask = self.reads(m, n, positions) & visible
+        total = visible.expand_as(mask).sum().item() if mask.dim() == visible.dim() else visible.sum().item()
+        return mask.sum().item() / total if total else 1.0
+
+    def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
+        """The one sparse form that kernels read, for M queries that are the last of N keys."""
+        rows, cols = -(-m // block), -(-n // block)
+        mask = self.to_mask(m, n)
+        padded = torch.zeros(*mask.shape[:2], rows * block, cols * block, dtype=torch.bool, device=mask.device)
+        padded[..., :m, :n] = mask
+        tiles = padded.unflatten(2, (rows, block)).unflatten(4, (cols, block)).any(5).any(3)
+        return csr_from_mask(tiles, m=m, n=n, block_m=block, block_n=block)
+
+    @property
+    def device(self) -> torch.device:
+        return CPU
+
+
+@dataclass(frozen=True)
+class Dense(Plan):
+    """Every visible key."""
+
+    def reads(self, m: int, n: int, positions: Positions) -> Tensor:
+        return torch.ones(1, 1, m, n, dtype=torch.bool, device=positions_device(positions))
+
+    def to_mask(self, m: int, n: int, positions: Positions | None = None) -> Tensor:
+        positions = positions or Positions()
+        return positions.visible(m, n, positions_device(positions))
+
+    def density(self, m: int, n: int, positions: Positions | None = None) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Window(Plan):
+    """Query i reads key j when pos_i - pos_j <= left or pos_j < sinks: at most left + 1 + sinks keys."""
+
+    left: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.left < 0 or self.sinks < 0:
+            raise PlanError(f"Window(left={self.left}, sinks={self.sinks}): both must be >= 0")
+
+    def reads(self, m: int, n: int, positions: Positions) -> Tensor:
+        device = positions_device(positions)
+        q = positions.queries(m, n, device)[:, None, :, None]
+        k = positions.keys(n, device)[:, :, None, :]
+        return (q - k <= self.left) | (k < self.sinks)
+
+    def to_mask(self, m: int, n: int, positions: Positions | None = None) -> Tensor:
+        positions = positions or Positions()
+        return self.reads(m, n, positions) & positions.visible(m, n, positions_device(positions))
+
+    def density(self, m: int, n: int, positions: Positions | None = None) -> float:
+        if positions is not None and not positions.aligned:
+            visible = positions.visible(m, n, positions_device(positions))
+            return (self.reads(m, n, positions) & visible).sum().item() / max(1, visible.sum().item())
+        q = torch.arange(n - m, n)
+        visible = q + 1
+        read = torch.minimum(visible, self.left + 1 + torch.clamp(q - self.left, min=0, max=self.sinks))
+        return read.sum().item() / visible.sum().item()
+
+
+@dataclass(frozen=True)
+class Tokens(Plan):
+    """A list of key slots per head: index [B, H, K] for all queries, or [B, H, M, K] for each.
+
+    index: int32 or int64, H = Hkv (query heads of a group read the same keys) or Hq; an entry < 0 or >= N is
+    absent; a slot named twice counts once only if its second entry is made absent. length [B, H]: entries in
+    use (all, when None).
+    """
+
+    index: Tensor
+    length: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.index.dim() not in (3, 4) or self.index.dtype not in (torch.int32, torch.int64):
+            raise PlanError(
+                f"Tokens: index {list(self.index.shape)} {self.index.dtype}, allowed: int32 or int64 [B, H, K] "
+                "or [B, H, M, K]"
+            )
+        if self.length is not None and self.length.shape != self.index.shape[:2]:
+            raise PlanError(f"Tokens: length {list(self.length.shape)}, allowed: {list(self.index.shape[:2])}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    def valid(self, n: int) -> Tensor:
+        """Bool like `index`: entries that name a key."""
+        inside = (self.index >= 0) & (self.index < n)
+        if self.length is not None:
+            order = torch.arange(self.index.shape[-1], device=self.device)
+            limit = self.length.reshape(*self.length.shape, *[1] * (self.index.dim() - 2))
+            inside = inside & (order < limit)
+        return inside
+
+    def reads(self, m: int, n: int, positions: Positions) -> Tensor:
+        index = self.index if self.index.dim() == 4 else self.index[:, :, None]
+        valid = self.valid(n).reshape(index.shape)
+        mask = torch.zeros(*index.shape[:-1], n + 1, dtype=torch.bool, device=self.device)
+        mask.scatter_(-1, torch.where(valid, index, n).long(), True)
+        return mask[..., :n].expand(-1, -1, m, -1)
+
+    def density(self, m: int, n: int, positions: Positions | None = None) -> float:
+        if m == 1 and (positions is None or not positions.holes):
+            # One query sees all N keys: count entries, no N-wide mask.
+            return self.valid(n).sum().item() / (self.index.shape[0] * self.index.shape[1] * n)
+        return super().density(m, n, positions)
+
+
+@dataclass(frozen=True)
+class Blocks(Plan):
+    """Key blocks per query block, in compressed rows.
+
+    row_ptr: int64 [B * H * R + 1]; col: int32, ascending within a row; R = ceil(M / block_m) rows per head.
+    Query row i belongs to query block i // block_m, key slot j to key block j // block_n.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+    batch: int
+    heads: int
+    block_m: int
+    block_n: int
+
+    def __post_init__(self) -> None:
+        if (self.row_ptr.numel() - 1) % (self.batch * self.heads):
+            raise PlanError(
+                f"Blocks: row_ptr has {self.row_ptr.numel()} entries, which is no multiple of "
+                f"batch x heads = {self.batch} x {self.heads} plus one"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.col.device
+
+    @property
+    def rows(self) -> int:
+        return (self.row_ptr.numel() - 1) // (self.batch * self.heads)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, block_m: int, block_n: int) -> Blocks:
+        """From bool [B, H, R, C]: which of C key blocks each of R query blocks reads."""
+        if mask.dim() != 4 or mask.dtype != torch.bool:
+            raise PlanError(f"Blocks.from_mask: {list(mask.shape)} {mask.dtype}, allowed: bool [B, H, R, C]")
+        counts = mask.flatten(0, 2).sum(-1)
+        row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=mask.device)
+        row_ptr[1:] = counts.cumsum(0)
+        col = mask.nonzero()[:, 3].to(torch.int32)
+        return cls(row_ptr, col, mask.shape[0], mask.shape[1], block_m, block_n)
+
+    def block_mask(self, cols: int) -> Tensor:
+        """Bool [B, H, R, cols], the inverse of `from_mask`."""
+        counts = self.row_ptr.diff()
+        row = torch.repeat_interleave(torch.arange(counts.numel(), device=self.device), counts)
+        mask = torch.zeros(counts.numel(), cols, dtype=torch.bool, device=self.device)
+        mask[row, self.col.long()] = True
+        return mask.reshape(self.batch, self.heads, self.rows, cols)
+
+    def reads(self, m: int, n: int, positions: Positions) -> Tensor:
+        if self.rows != -(-m // self.block_m):
+            raise PlanError(f"Blocks: {self.rows} rows of {self.block_m} queries do not cover M = {m}")
+        mask = self.block_mask(-(-n // self.block_n))
+        mask = mask.repeat_interleave(self.block_m, 2)[:, :, :m]
+        return mask.repeat_interleave(self.block_n, 3)[..., :n]
+
+    def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
+        return SparsePlan.from_csr(
+            self.row_ptr,
+            self.col,
+            batch=self.batch,
+            heads=self.heads,
+            m=m,
+            n=n,
+            block_m=self.block_m,
+            block_n=self.block_n,
+        )
+
+
+@dataclass(frozen=True)
+class VerticalSlash(Plan):
+    """Key columns for all queries, and block diagonals.
+
+    vertical: int [B, H, V], key slots (< 0: absent). slash: int [B, H, S], offsets in blocks (< 0: absent):
+    query block r reads key block r - offset, both of `block` tokens, counted so that the last query block ends
+    with the last key (M and N a multiple of each other's block only when M = N).
+    """
+
+    vertical: Tensor
+    slash: Tensor
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.vertical.dim() != 3 or self.slash.dim() != 3:
+            raise PlanError("VerticalSlash: vertical and slash must be [B, H, V] and [B, H, S]")
+
+    @property
+    def device(self) -> torch.device:
+        return self.vertical.device
+
+    def slash_blocks(self, m: int, n: int) -> Blocks:
+        """The block diagonals alone, for M = N."""
+        if m != n:
+            raise PlanError(f"VerticalSlash needs a self-contained prompt (M = N), not M={m}, N={n}")
+        count = -(-n // self.block)
+        rows = torch.arange(count, device=self.device)
+        offsets = rows[:, None] - rows[None]
+        present = (self.slash[..., None, None] == offsets).any(2) & (offsets >= 0)
+        return Blocks.from_mask(present, block_m=self.block, block_n=self.block)
+
+    def reads(self, m: int, n: int, positions: Positions) -> Tensor:
+        columns = Tokens(self.vertical).reads(1, n, positions)
+        return columns | self.slash_blocks(m, n).reads(m, n, positions)
+
+    def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
+        lowered = self.slash_blocks(m, n).lower(m, n)
+        return lowered.with_columns(self.vertical)
+
+
+@dataclass(frozen=True)
+class PerHead(Plan):
+    """One plan per KV head, for heads that attend in different ways."""
+
+    plans: Sequence[Plan] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if not self.plans:
+            raise PlanError("PerHead needs one plan per KV head, not none")
+
+    def reads(self, m: int, n: int, positions: Positions) -> Tensor:
+        masks = []
+        for head, plan in enumerate(self.plans):
+            k = positions.k
+            own = positions if k is None else Positions(positions.q, k[:, min(head, k.shape[1] - 1)][:, None])
+            masks.append(plan.reads(m, n, own).expand(-1, 1, -1, -1))
+        batch = max(mask.shape[0] for mask in masks)
+        return torch.cat([mask.expand(batch, -1, m, n) for mask in masks], dim=1)
+
+    def density(self, m: int, n: int, positions: Positions | None = None) -> float:
+        return sum(plan.density(m, n) for plan in self.plans) / len(self.plans)
+
+
+def positions_device(positions: Positions) -> torch.device:
+    for tensor in (positions.q, positions.k):
+        if tensor is not None:
+            return tensor.device
+    return CPU

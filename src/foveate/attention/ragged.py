@@ -1,0 +1,84 @@
+"""Attention over packed per-head lists of keys: every head of every sequence has its own length.
+
+Keys and values lie in one flat array of rows; segment s = b * Hkv + h holds rows start[s] .. start[s] + length[s].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.attention.backends.torch_dense import fused
+from foveate.attention.merge import apply_sink
+from foveate.attention.shapes import match
+from foveate.errors import ShapeError
+
+
+def attend_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Sequence[int],
+    length: Sequence[int],
+    *,
+    scale: float | None = None,
+    k_positions: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    window: int | None = None,
+    log_weight: Tensor | None = None,
+    sink: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of q [B, Hq, M, D] over packed k [R, D], v [R, Dv].
+
+    start, length: B * Hkv host integers. k_positions [R] and q_positions [B, M] are needed when M > 1 or a
+    window applies (a single query sees all its segment otherwise). log_weight: [R], added to scores.
+    Returns o [B, Hq, M, Dv], and lse [B, Hq, M] when asked; an empty segment gives o = 0, lse = -inf.
+    """
+    B, Hq, M, D = q.shape
+    match(k=(k, "R D"), v=(v, "R Dv"))
+    if len(start) != len(length) or len(start) % B or Hq % (len(start) // B):
+        raise ShapeError(f"{len(start)} segments do not fit a batch of {B} with {Hq} query heads")
+    needs_positions = M > 1 or window is not None
+    if needs_positions and (k_positions is None or q_positions is None):
+        raise ShapeError("several queries or a window over ragged keys need k_positions and q_positions")
+    heads = len(start) // B
+    G = Hq // heads
+    scale = D**-0.5 if scale is None else scale
+    need_lse = return_lse or sink is not None
+    o = torch.zeros(B, heads, G * M, v.shape[1], dtype=q.dtype, device=q.device)
+    lse = torch.full((B, heads, G * M), -torch.inf, dtype=torch.float32, device=q.device)
+    rows = q.reshape(B, heads, G * M, D)
+    for segment, (begin, count) in enumerate(zip(start, length)):
+        if not count:
+            continue
+        b, h = divmod(segment, heads)
+        part = slice(begin, begin + count)
+        mask = None
+        if needs_positions:
+            assert k_positions is not None and q_positions is not None
+            at, q_at = k_positions[part][None], q_positions[b][:, None]
+            mask = (at <= q_at) & (q_at >= 0)
+            mask = mask if window is None else mask & (q_at - at <= window)
+            mask = mask.repeat(G, 1)[None, None]
+        bias = mask
+        if log_weight is not None:
+            bias = log_weight[part][None, None, None].to(torch.float32).expand(1, 1, G * M, -1)
+            bias = bias if mask is None else torch.where(mask, bias, -torch.inf)
+            bias = bias.to(q.dtype)
+        own, own_lse = fused(
+            rows[b : b + 1, h : h + 1], k[None, None, part], v[None, None, part], scale=scale, mask=bias, lse=need_lse
+        )
+        if mask is not None:
+            blind = ~mask.any(-1)
+            own = own.masked_fill(blind[..., None], 0.0)
+            own_lse = None if own_lse is None else own_lse.masked_fill(blind, -torch.inf)
+        o[b, h] = own[0, 0]
+        if own_lse is not None:
+            lse[b, h] = own_lse[0, 0]
+    o, lse = o.view(B, Hq, M, -1), lse.view(B, Hq, M)
+    if sink is not None:
+        o, lse = apply_sink(o, lse, sink)
+    return (o, lse) if return_lse else o

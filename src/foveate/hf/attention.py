@@ -1,0 +1,264 @@
+"""The one attention function registered with transformers, and the hooks that tell it about its layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from foveate.attention.positions import Positions
+from foveate.attention.softmax import attend
+from foveate.errors import UnsupportedCacheError, UnsupportedModelError
+from foveate.hf import compat
+from foveate.hf.layer import FoveateLayer
+from foveate.hf.masks import padding_mask, positions_of
+from foveate.hf.rope import ModelRope
+from foveate.methods.base import Method, execute, finish_prompt
+from foveate.methods.cache import LayerCache
+from foveate.methods.full import Full
+from foveate.methods.step import RunState, Step
+
+NAME = "foveate"
+
+
+@dataclass
+class Runtime:
+    """What the layers of one model share while a method is applied."""
+
+    method: Method
+    layers: int
+    chunked: bool = False
+    stores: list[LayerCache] = field(default_factory=list)
+    cache: Any = None
+    request: RunState = field(default_factory=RunState)
+    mask_seen: tuple[Tensor, int, Tensor] | None = None
+
+    def positions(self, mask: Tensor | None, m: int) -> Tensor | None:
+        """Positions of the new tokens under a padding mask, computed once per forward."""
+        if mask is None:
+            return None
+        if self.mask_seen is None or self.mask_seen[0] is not mask or self.mask_seen[1] != m:
+            self.mask_seen = (mask, m, positions_of(mask, m))
+        return self.mask_seen[2]
+
+
+@dataclass
+class Slot:
+    """What the pre-hook of one attention module noted for the coming call."""
+
+    runtime: Runtime
+    layer: int
+    rope: ModelRope | None = None
+    cache_layer: FoveateLayer | None = None
+    sliding: bool = False
+    seen: int = 0
+    hidden: Tensor | None = None
+    last: Step | None = None
+
+
+def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a layer's projections: take its cache layer over, and note the hidden states when asked for."""
+    slot: Slot | None = getattr(module, "_foveate", None)
+    if slot is None:
+        return
+    given = compat.bind(module, args, kwargs)
+    runtime = slot.runtime
+    slot.hidden = given.get("hidden_states") if "hidden" in _needs(runtime.method) else None
+    cache = compat.cache_of(given)
+    slot.cache_layer, slot.sliding, slot.seen = None, False, 0
+    if cache is None:
+        return
+    if type(cache).__name__ == "PagedAttentionCache" or not hasattr(cache, "layers"):
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} (continuous batching or a foreign cache) is not served; call generate() or the "
+            "model itself with a dynamic cache"
+        )
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    compat.grow(cache, index)
+    layer = cache.layers[index]
+    if compat.is_plain(layer):
+        layer = cache.layers[index] = FoveateLayer.taking_over(layer)
+    if isinstance(layer, FoveateLayer):
+        slot.cache_layer, slot.seen = layer, layer.store.seen
+        _enter_request(runtime, cache, slot, layer)
+    elif compat.is_sliding(layer):
+        slot.sliding = True
+        slot.seen = int(layer.get_seq_length())
+    else:
+        raise UnsupportedCacheError(
+            f"a {type(layer).__name__} cannot be served (static, quantised and offloaded caches have their own storage); "
+            "use the default dynamic cache: do not set cache_implementation"
+        )
+
+
+def _needs(method: Method) -> frozenset[str]:
+    return frozenset().union(*(part.needs for part in method.members))
+
+
+def _enter_request(runtime: Runtime, cache: Any, slot: Slot, layer: FoveateLayer) -> None:
+    """One RunState per cache object; the statistics follow the cache used last."""
+    request = getattr(cache, "_foveate_request", None)
+    if request is None:
+        request = RunState(chunked=runtime.chunked)
+        cache._foveate_request = request
+    if runtime.cache is not cache:
+        runtime.cache, runtime.request = cache, request
+    if layer.store.seen == 0 and slot.layer == 0:
+        request.readings.clear()
+        request.shared.clear()
+        request.chunked = runtime.chunked
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **given: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Called by every attention module: q [B, Hq, M, D], k and v with the cache, -> [B, M, Hq, Dv]."""
+    slot: Slot | None = getattr(module, "_foveate", None)
+    if slot is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} runs with attn_implementation='foveate' outside foveate.apply; call "
+            "model.set_attn_implementation('sdpa'), or use `with foveate.apply(model, ...)`"
+        )
+    _refuse(module, slot, given, attention_mask, dropout)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    options = {"scale": scale, "softcap": given.get("softcap"), "sink": given.get("s_aux")}
+    width = given.get("sliding_window") or getattr(module, "sliding_window", None)
+    window = None if width is None else int(width) - 1
+    if slot.sliding or (slot.cache_layer is None and window is not None):
+        return _sliding(query, key, value, attention_mask, window, options), None
+    if slot.cache_layer is not None and not slot.cache_layer.handed_out(key):
+        return _expanded(module, slot, query, key, value, attention_mask, window, options), None
+    step = _step(slot, query, key, value, attention_mask, window, options)
+    out = execute(slot.runtime.method, step)
+    slot.last = step if slot.runtime.chunked and step.phase != "decode" else None
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _step(
+    slot: Slot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    options: dict[str, Any],
+) -> Step:
+    M = query.shape[2]
+    runtime = slot.runtime
+    positions = runtime.positions(mask, M)
+    request = runtime.request
+    if slot.cache_layer is None:
+        store = LayerCache()
+        if positions is not None:
+            store.mark_holes()
+        store.append(key, value, positions)
+        request = RunState()
+    else:
+        store = slot.cache_layer.store
+    return Step(
+        layer=slot.layer,
+        layers=runtime.layers,
+        phase="prefill" if slot.seen == 0 else ("decode" if M == 1 else "extend"),
+        q=query,
+        cache=store,
+        run=request,
+        q_positions=positions,
+        window=window,
+        rope=slot.rope,
+        hidden=slot.hidden,
+        **options,
+    )
+
+
+def _sliding(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None, options: dict[str, Any]
+) -> Tensor:
+    """A layer with the model's own sliding window and cache: exact attention over what it handed us."""
+    M, N = query.shape[2], key.shape[2]
+    if mask is None:
+        positions = Positions()
+    else:
+        columns = mask.shape[1]
+        at = torch.arange(columns, device=query.device)[None].expand_as(mask).masked_fill(~mask, -1)
+        positions = Positions(at[:, -M:], at[:, None, -N:], holes=True)
+    out = attend(query, key, value, positions=positions, window=window, **options)
+    return out.transpose(1, 2).contiguous()
+
+
+def _expanded(
+    module: nn.Module,
+    slot: Slot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """A model that makes its keys from what it stores (multi-head latent attention): dense only."""
+    if not isinstance(slot.runtime.method, Full):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} makes its keys from a compressed latent after the cache (multi-head latent "
+            f"attention); only the method 'full' serves it, not {type(slot.runtime.method).__name__}"
+        )
+    return _sliding(query, key, value, mask, window, options)
+
+
+_REFUSED = {
+    "position_bias": "adds a position bias to its scores",
+    "block_indices": "selects blocks by itself",
+    "indices": "selects keys by itself",
+    "sinks": "has sinks of its own kind",
+}
+
+
+def _refuse(module: nn.Module, slot: Slot, given: dict[str, Any], mask: Tensor | None, dropout: float) -> None:
+    who = type(module).__name__
+    for name, what in _REFUSED.items():
+        if given.get(name) is not None:
+            raise UnsupportedModelError(f"{who} {what} ({name}), which foveate does not serve")
+    if given.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{who} attends in both directions; foveate serves causal self-attention")
+    if mask is not None and mask.dim() != 2:
+        raise UnsupportedCacheError(
+            f"{who} was called with a {mask.dim()}-D mask (a static cache, assisted decoding or a mask of the user's); "
+            "foveate takes the 2-D padding mask [batch, tokens]"
+        )
+    if given.get("output_attentions"):
+        raise UnsupportedModelError(
+            "output_attentions=True needs all N x N weights; foveate's probes measure attention without them"
+        )
+    if dropout:
+        raise UnsupportedModelError(f"attention dropout {dropout} is for training; call model.eval()")
+
+
+def note_padding(module: nn.Module, mask: Tensor | None, m: int) -> None:
+    """Hand the positions of padded new tokens to the cache layer before it stores them."""
+    slot: Slot = module._foveate  # type: ignore[assignment]
+    if slot.cache_layer is not None and mask is not None:
+        slot.cache_layer.pending = slot.runtime.positions(mask, m)
+
+
+def end_prompt(slot: Slot) -> None:
+    """A chunked prompt is over for this layer."""
+    if slot.last is not None:
+        finish_prompt(slot.runtime.method, slot.last)
+        slot.last = None
+
+
+def register() -> None:
+    """Register the attention and mask functions under one name, in both interfaces."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_mask)

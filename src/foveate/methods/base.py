@@ -1,0 +1,165 @@
+"""A method: three questions, each with a default. What do I read, how do I weigh it, what stays?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from foveate import options, registry
+from foveate.attention.plan import Dense, Plan
+from foveate.errors import CompositionError, OptionError
+from foveate.methods.cache import Change
+from foveate.methods.step import Phase, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A training-free way of attending. Holds options only; state lives on the step's cache."""
+
+    # Phases in which `plan` or `attend` does something other than dense attention.
+    acts_in: ClassVar[frozenset[Phase]] = frozenset()
+    # What the step must carry: "rope" (unrotated q and k), "hidden".
+    needs: ClassVar[frozenset[str]] = frozenset()
+    # Whether heads may end up with different numbers of stored tokens.
+    ragged: ClassVar[bool] = False
+    # Whether `keep` ever drops anything.
+    evicts: ClassVar[bool] = False
+    # Whether the method must be alone: it reads or moves positions in its own way.
+    alone: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        options.check_fields(self)
+        self.check()
+
+    def check(self) -> None:
+        """Rules between options; raise OptionError."""
+
+    def plan(self, step: Step) -> Plan:
+        """What do I read?"""
+        return Dense()
+
+    def attend(self, step: Step) -> Tensor:
+        """How do I weigh it? o [B, Hq, M, Dv]."""
+        return step.attend(self.plan(step))
+
+    def keep(self, step: Step) -> Change | None:
+        """What stays, after this step's output is known? None: everything."""
+        return None
+
+    def prompt_ends(self, step: Step) -> Change | None:
+        """Called once when a chunked prompt is known to be over; `step` holds what `keep` noted."""
+        return None
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        return (self,)
+
+    def for_model(self, identity: Any) -> Method:
+        """Bind to a model (profiles are checked here); returns the method to run."""
+        return self
+
+    def refuse(self, option: str, allowed: str) -> OptionError:
+        return OptionError(f"{type(self).__name__}: {option}={getattr(self, option)!r}, allowed: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed(Method):
+    """Several methods at once: the first that acts in a phase reads for it, and every member keeps, in order."""
+
+    parts: tuple[Method, ...]
+
+    def check(self) -> None:
+        if len(self.parts) < 2:
+            raise CompositionError("a composition needs at least two members")
+        for index, part in enumerate(self.parts):
+            others = [type(each).__name__ for each in self.parts if each is not part]
+            if part.alone:
+                raise CompositionError(
+                    f"{type(part).__name__} moves positions in its own way and cannot be combined with {others}; "
+                    "use it alone"
+                )
+            selects = [type(each).__name__ for each in self.parts if each.acts_in - {"prefill"} and each is not part]
+            if part.ragged and selects:
+                raise CompositionError(
+                    f"{type(part).__name__} leaves heads with different numbers of keys, which {selects} cannot "
+                    "select from; combine with a method that keeps the same number for every head (e.g. snapkv)"
+                )
+            for other in self.parts[:index]:
+                if part.ragged and other.evicts or other.ragged and part.evicts:
+                    raise CompositionError(
+                        f"{type(other).__name__} and {type(part).__name__} both evict, and one leaves ragged heads; "
+                        "use one of them"
+                    )
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        return self.parts
+
+    def attend(self, step: Step) -> Tensor:
+        for index, part in enumerate(self.parts):
+            if step.phase in part.acts_in:
+                step.member = index
+                return part.attend(step)
+        return step.attend()
+
+    def for_model(self, identity: Any) -> Method:
+        return Composed(parts=tuple(part.for_model(identity) for part in self.parts))
+
+
+def execute(method: Method, step: Step) -> Tensor:
+    """One layer's step: read, weigh, then keep. The order of the three is the protocol."""
+    out = method.attend(step)
+    for index, part in enumerate(method.members):
+        step.member = index
+        change = part.keep(step)
+        if change is not None:
+            step.cache.apply(change)
+    return out
+
+
+def finish_prompt(method: Method, step: Step) -> None:
+    """End a chunked prompt on one layer: prompt-end methods decide now what stays."""
+    for index, part in enumerate(method.members):
+        step.member = index
+        change = part.prompt_ends(step)
+        if change is not None:
+            step.cache.apply(change)
+
+
+def create(spec: str | Method, **given: Any) -> Method:
+    """A method from `"snapkv:budget=1024"`, from `"a+b:x=1+c"` (a composition), or as it is."""
+    if isinstance(spec, Method):
+        if given:
+            raise OptionError(f"options {sorted(given)} were given beside a method object; put them on the object")
+        return spec
+    names = spec.split("+")
+    if given and len(names) > 1:
+        raise OptionError(f"options {sorted(given)} beside the composition {spec!r}; write them in the spec: a:x=1+b")
+    made = [_one(each, given) for each in names]
+    return made[0] if len(made) == 1 else Composed(parts=tuple(made))
+
+
+def _one(spec: str, given: dict[str, Any]) -> Method:
+    made = registry.create(spec, **given)
+    if not isinstance(made, Method):
+        kind = registry.card(options.parse_spec(spec)[0]).kind
+        raise CompositionError(f"{spec!r} is a {kind}, not a method; methods are: {', '.join(method_names())}")
+    return made
+
+
+def method_names() -> list[str]:
+    return registry.names(kind=registry.METHOD_KINDS)
+
+
+def describe(method: Method) -> str:
+    """The spec a method was made from, with the options that differ from their defaults."""
+    return "+".join(_describe(part) for part in method.members)
+
+
+def _describe(part: Method) -> str:
+    fields: Sequence[options.Option] = options.options_of(type(part))
+    changed = {each.name: getattr(part, each.name) for each in fields if getattr(part, each.name) != each.default}
+    return options.format_spec(getattr(part, "registered_name", type(part).__name__), changed)
