@@ -206,6 +206,19 @@ class Blocks(Plan):
         mask = mask.repeat_interleave(self.block_m, 2)[:, :, :m]
         return mask.repeat_interleave(self.block_n, 3)[..., :n]
 
+    def density(self, m: int, n: int, positions: Positions | None = None) -> float:
+        if positions is not None and not positions.aligned:
+            return super().density(m, n, positions)
+        # Count the causal pairs of each listed tile; no M x N mask.
+        counts = self.row_ptr.diff()
+        row = torch.repeat_interleave(torch.arange(counts.numel(), device=self.device) % self.rows, counts)
+        query = row[:, None] * self.block_m + torch.arange(self.block_m, device=self.device)
+        first = self.col.long()[:, None] * self.block_n
+        width = (n - first).clamp(max=self.block_n)
+        seen = torch.minimum((query + (n - m) - first + 1).clamp_min(0), width)
+        read = torch.where(query < m, seen, 0).sum().item()
+        return read / (self.batch * self.heads * (m * (n - m) + m * (m + 1) / 2))
+
     def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
         return SparsePlan.from_csr(
             self.row_ptr,

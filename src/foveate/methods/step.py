@@ -175,18 +175,24 @@ class Step:
         assert isinstance(o, Tensor)
         return o
 
-    def record(self, plan: Plan) -> None:
-        """Note how much of what a dense model reads this step reads (per query head, over real tokens)."""
+    def record(self, plan: Plan, *, m: int | None = None, share: float = 1.0) -> None:
+        """Note how much of what a dense model reads this step reads (per query head).
+
+        m: the real tokens, when the call covers one row of a padded batch; share: that row's part of the batch.
+        """
         if not self.run.record:
             return
-        M, seen = self.m, self.cache.seen
-        visible = M * (seen - M) + M * (M + 1) / 2
+        M, seen, stored = self.m, self.cache.seen, float(self.cache.stored)
+        if m is not None:
+            seen, stored, M = seen - M + m, stored - M + m, m
+        if self.cache.ragged:
+            stored = float(self.cache.lengths().double().mean())
+        dense = M * (stored - M) + M * (M + 1) / 2
         if isinstance(plan, Dense):
-            held = float(self.cache.lengths().double().mean()) if self.cache.ragged else self.cache.stored
-            read = M * (held - M) + M * (M + 1) / 2
+            read = dense
         elif isinstance(plan, Tokens) and M == 1:
-            read = float(min(plan.index.shape[-1], self.cache.stored))
+            read = min(float(plan.index.shape[-1]), stored)
         else:
-            stored = self.cache.stored
-            read = plan.density(M, stored) * (M * (stored - M) + M * (M + 1) / 2)
-        self.run.readings.append(Reading(self.layer, self.phase, read, visible))
+            read = plan.density(M, int(stored)) * dense
+        visible = M * (seen - M) + M * (M + 1) / 2
+        self.run.readings.append(Reading(self.layer, self.phase, read * share, visible * share))
