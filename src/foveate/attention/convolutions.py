@@ -128,9 +128,9 @@ def toeplitz_matmul(t: Tensor, x: Tensor, *, causal: bool = False) -> Tensor:
         ShapeError.
     Cost: O(T log T) per channel, with transforms of length L = 2^ceil(log2(2 T - 1)).
     """
-    B, T, H, *rest = x.shape if x.dim() >= 3 else (0, 0, 0)
-    if x.dim() < 3 or T == 0:
+    if x.dim() < 3 or x.shape[1] == 0:
         raise ShapeError(f"x {list(x.shape)} does not fit [B, T, H, ...] with T >= 1")
+    T, H, *rest = x.shape[1:]
     allowed = [(H, 2 * T - 1)] + ([(H, T)] if causal else [])
     if tuple(t.shape) not in allowed:
         raise ShapeError(f"t {list(t.shape)} does not fit x {list(x.shape)}, allowed: {allowed}")

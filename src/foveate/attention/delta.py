@@ -44,7 +44,7 @@ class WeightState:
     """What a memory knows between calls.
 
     weights: per layer [B, H, I, O], or [B, H, D] for an elementwise layer (a gain).
-    momentum: S, shaped alike.
+    momentum: S, shaped alike. With rate_of="reading", the running chunk's steps, which `weights` still lack.
     base: the weights at which the running chunk takes its gradients; None between chunks.
     phase: tokens of the running chunk that have been read.
     """
@@ -98,8 +98,8 @@ def weight_state_scan(
             calls, the outputs agree.
         q, k, v: [B, T, H, D] (v, and what the network returns, may have another last axis).
         rate: inner learning rate, [B, T, H]; or one tensor per weight, [B, T, H] or [B, T, H, O].
-        g, momentum_g: decay of W and of S, natural log, <= 0, [B, T, H]; default: no decay, no momentum (S = the
-            current step alone).
+        g, momentum_g: decay of W and of S, natural log, <= 0, [B, T, H]; default: no decay; no momentum, where S is
+            the step of token t and is not kept.
         loss_gradient: (M(k), v) -> gradient by M(k); default that of the squared error, 2 (M(k) - v).
         read: another network for q; default `network`.
         project: maps the weights to those at which a chunk's gradients are taken; default: themselves (Moneta's norm).
@@ -118,7 +118,9 @@ def weight_state_scan(
     heads_first = [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
     rates = rate if isinstance(rate, tuple) else (rate,) * len(state.weights)
     rates = tuple(_rows(r, dtype) for r in rates)
-    decays = [None if x is None else x.double().clamp(min=_LOWEST).transpose(1, 2) for x in (g, momentum_g)]
+    decay, momentum_decay = (
+        None if x is None else x.double().clamp(min=_LOWEST).transpose(1, 2) for x in (g, momentum_g)
+    )
     weights, momentum = (tuple(w.to(dtype) for w in group) for group in (state.weights, state.momentum))
     base, phase = state.base, state.phase
     outputs = []
@@ -128,16 +130,23 @@ def weight_state_scan(
         if base is None:
             base = project(weights) if project is not None else weights
         qc, kc, vc = (x[:, :, piece] for x in heads_first)
-        factors = _factors(*(None if x is None else x[:, :, piece] for x in decays), kc)
+        factors = _factors(
+            None if decay is None else decay[:, :, piece],
+            None if momentum_decay is None else momentum_decay[:, :, piece],
+            kc,
+        )
         inputs, deltas = _gradients(network, base, kc, vc, loss_gradient)
-        step = _Piece(weights, momentum, inputs, deltas, tuple(r[:, :, piece] for r in rates), factors, rate_of)
+        rows = tuple(r[:, :, piece] for r in rates)
+        step = (_ReadingPiece if rate_of == "reading" else _Piece)(weights, momentum, inputs, deltas, rows, factors)
         outputs.append((read or network)(step.linear, qc))
         weights, momentum = step.after()
         phase += piece.stop - start
         start = piece.stop
         if phase == chunk_size:
-            base, phase = None, 0
+            if isinstance(step, _ReadingPiece):
+                weights, momentum = step.settle(weights, momentum)
             weights = boundary(weights) if boundary is not None else weights
+            base, phase = None, 0
     y = torch.cat(outputs, 2).transpose(1, 2).to(q.dtype)
     return y, WeightState(weights, momentum, base, phase)
 
@@ -151,26 +160,21 @@ def weight_state_read(network: Network, state: WeightState, q: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class _Factors:
-    """Scalars of one piece: G [B, H, C, C], b, m and f [B, H, C, 1] and n = m_C / m_j [B, H, C, 1]."""
+    """Scalars of one piece: G [B, H, C, C]; b, and with momentum m, f and n = m_C / m_j, [B, H, C, 1]."""
 
     G: Tensor
     b: Tensor
-    m: Tensor
-    f: Tensor
-    n: Tensor
+    m: Tensor | None = None
+    f: Tensor | None = None
+    n: Tensor | None = None
 
 
 def _factors(g: Tensor | None, momentum_g: Tensor | None, like: Tensor) -> _Factors:
-    B, H, C, _ = like.shape
-    zero = like.new_zeros(B, H, C, dtype=torch.float64)
-    decay_sum = (zero if g is None else g).cumsum(-1)
+    decay_sum = like.new_zeros(like.shape[:3], dtype=torch.float64) if g is None else g.cumsum(-1)
     between = _ratios(decay_sum, like.dtype)
     b = decay_sum.exp().to(like.dtype).unsqueeze(-1)
     if momentum_g is None:
-        nothing = torch.zeros_like(b)
-        last = nothing.clone()
-        last[:, :, -1] = 1
-        return _Factors(between, b, nothing, nothing, last)
+        return _Factors(between, b)
     momentum_sum = momentum_g.cumsum(-1)
     ratios = _ratios(momentum_sum, like.dtype)
     m = momentum_sum.exp().to(like.dtype).unsqueeze(-1)
@@ -187,7 +191,7 @@ def _ratios(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens of one chunk: the weights before them, and the steps they take."""
+    """Tokens of one chunk: the weights before them, the layers' inputs and deltas, and how they weigh."""
 
     weights: Weights
     momentum: Weights
@@ -195,44 +199,67 @@ class _Piece:
     deltas: Weights
     rates: Weights
     factors: _Factors
-    rate_of: str
 
     def linear(self, layer: int, x: Tensor) -> Tensor:
         """Row i of x through layer `layer` as it is after token i."""
-        f, keys, steps = self.factors, self.inputs[layer], self._steps(layer)
-        w, s = self.weights[layer], self.momentum[layer]
-        if w.dim() == 3:
-            return x * (f.b * w.unsqueeze(-2) + f.f * s.unsqueeze(-2) - self._read(layer, f.G @ (keys * steps)))
-        change = (f.G * (x @ keys.transpose(-1, -2))) @ steps
-        return f.b * (x @ w) + f.f * (x @ s) - self._read(layer, change)
+        factors = self.factors
+        y = factors.b * _apply(x, self.weights[layer])
+        if factors.f is not None:
+            y = y + factors.f * _apply(x, self.momentum[layer])
+        return y - self._change(layer, x, self.deltas[layer] * self.rates[layer])
 
     def after(self) -> tuple[Weights, Weights]:
         """Weights and momentum after the last token."""
-        f = self.factors
+        factors = self.factors
         weights, momentum = [], []
         for layer, (w, s) in enumerate(zip(self.weights, self.momentum)):
-            steps = self._steps(layer)
-            if self.rate_of == "reading":
-                steps = steps * self.rates[layer][:, :, -1:]
-            b, m, last = (x[:, :, -1:] for x in (f.b, f.m, f.f))
-            if w.dim() == 3:
-                b, m, last = (x.squeeze(-1) for x in (b, m, last))
-            to_w = _accumulate(self.inputs[layer] * f.G[:, :, -1, :, None], steps, w.dim())
-            to_s = _accumulate(self.inputs[layer] * f.n, steps, w.dim())
-            weights.append(b * w + last * s - to_w)
-            momentum.append(m * s - to_s)
+            steps = self.deltas[layer] * self.rates[layer]
+            new = _scale(factors.b, w) - self._total(layer, factors.G[:, :, -1, :, None], steps)
+            if factors.f is not None and factors.m is not None and factors.n is not None:
+                new = new + _scale(factors.f, s)
+                s = _scale(factors.m, s) - self._total(layer, factors.n, steps)
+            weights.append(new)
+            momentum.append(s)
         return tuple(weights), tuple(momentum)
 
-    def _steps(self, layer: int) -> Tensor:
-        written = self.rate_of == "written"
-        return self.deltas[layer] * self.rates[layer] if written else self.deltas[layer]
+    def _change(self, layer: int, x: Tensor, steps: Tensor) -> Tensor:
+        """sum_j G_ij (x_i.x_j) steps_j, or its elementwise like."""
+        keys, G = self.inputs[layer], self.factors.G
+        if self.weights[layer].dim() == 3:
+            return x * (G @ (keys * steps))
+        return (G * (x @ keys.transpose(-1, -2))) @ steps
 
-    def _read(self, layer: int, change: Tensor) -> Tensor:
-        return change if self.rate_of == "written" else change * self.rates[layer]
+    def _total(self, layer: int, coefficients: Tensor, steps: Tensor) -> Tensor:
+        rows = self.inputs[layer] * coefficients
+        return (rows * steps).sum(-2) if self.weights[layer].dim() == 3 else rows.transpose(-1, -2) @ steps
 
 
-def _accumulate(rows: Tensor, steps: Tensor, dims: int) -> Tensor:
-    return (rows * steps).sum(-2) if dims == 3 else rows.transpose(-1, -2) @ steps
+class _ReadingPiece(_Piece):
+    """The reading token's rate: `momentum` keeps the chunk's steps, not yet multiplied by any rate."""
+
+    def linear(self, layer: int, x: Tensor) -> Tensor:
+        b = self.factors.b
+        steps = b * _apply(x, self.momentum[layer]) - self._change(layer, x, self.deltas[layer])
+        return b * _apply(x, self.weights[layer]) + self.rates[layer] * steps
+
+    def after(self) -> tuple[Weights, Weights]:
+        factors = self.factors
+        last = factors.G[:, :, -1, :, None]
+        steps = tuple(
+            _scale(factors.b, s) - self._total(layer, last, self.deltas[layer]) for layer, s in enumerate(self.momentum)
+        )
+        return tuple(_scale(factors.b, w) for w in self.weights), steps
+
+    def settle(self, weights: Weights, steps: Weights) -> tuple[Weights, Weights]:
+        """The end of a chunk: take its steps with the last token's rate."""
+        taken = tuple(w + _scale(r, s) for w, s, r in zip(weights, steps, self.rates))
+        return taken, tuple(torch.zeros_like(s) for s in steps)
+
+
+def _scale(factor: Tensor, w: Tensor) -> Tensor:
+    """The factor [B, H, C, 1] of the last token times w [B, H, ...]."""
+    last = factor[:, :, -1]
+    return w * (last if w.dim() == 3 else last.unsqueeze(-1))
 
 
 def _apply(x: Tensor, w: Tensor) -> Tensor:
@@ -317,8 +344,8 @@ def _check(
             raise ShapeError(
                 f"rate {list(each.shape)} does not fit [B, T, H] = {[B, T, H]}, or [B, T, H, O] in a tuple"
             )
-    for name, each in (("g", g), ("momentum_g", momentum_g)):
-        if each is not None:
-            if tuple(each.shape) != (B, T, H):
-                raise ShapeError(f"{name} {list(each.shape)} does not fit [B, T, H] = {[B, T, H]}")
-            check_log_decay(each, name)
+    for name, decay in (("g", g), ("momentum_g", momentum_g)):
+        if decay is not None:
+            if tuple(decay.shape) != (B, T, H):
+                raise ShapeError(f"{name} {list(decay.shape)} does not fit [B, T, H] = {[B, T, H]}")
+            check_log_decay(decay, name)

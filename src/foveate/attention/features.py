@@ -129,12 +129,15 @@ def gaussian_projection(
     Orthogonal rows keep the lengths of Gaussian ones (chi distributed), so the estimate stays unbiased with less
     variance.
     """
-    options = {"generator": generator, "dtype": dtype, "device": device}
-    rows = torch.randn(features, dim, **options)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+
+    rows = normal(features, dim)
     if not orthogonal:
         return rows
     blocks = -(-features // dim)
-    basis, triangle = torch.linalg.qr(torch.randn(blocks, dim, dim, **options))
+    basis, triangle = torch.linalg.qr(normal(blocks, dim, dim))
     # The sign makes the basis uniform over rotations.
     basis = basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return basis.transpose(-1, -2).flatten(0, 1)[:features] * rows.norm(dim=-1, keepdim=True)

@@ -314,3 +314,39 @@ def _per_head(scale: float | Tensor, heads: int, like: Tensor, dtype: torch.dtyp
     if tuple(scale.shape) != (heads,):
         raise ShapeError(f"scale {list(scale.shape)} does not fit [H]: H is {heads} in q")
     return scale.to(dtype)[:, None, None]
+
+
+def head_decay(
+    heads: int,
+    scheme: Literal["alibi", "lightning", "retnet"] = "alibi",
+    *,
+    layer: int | None = None,
+    layers: int | None = None,
+) -> Tensor:
+    """Fixed decays per head as g [H] float32, natural log, <= 0.
+
+        alibi      -slope_h, slope_h = 2^(-8 (h + 1) / H); for H not a power of two, the slopes of the next lower one,
+                   then every second slope of twice that. With a layer: times 1 - layer / (layers - 1) + 1e-5, so the
+                   last of the layers hardly forgets (the Lightning Attention code).
+        lightning  -(8 h / H) (1 - layer / layers); head 0 never forgets (the Lightning Attention paper).
+        retnet     log(1 - 2^(-5 - h))                                     (arXiv 2307.08621)
+
+    Raises OptionError for an unknown scheme, heads < 1, or layer without layers.
+    """
+    if heads < 1 or (layer is None) != (layers is None):
+        raise OptionError(f"heads={heads}, layer={layer}, layers={layers}, allowed: heads >= 1; both or neither")
+    if layer is not None and layers is not None and not 0 <= layer < layers:
+        raise OptionError(f"layer={layer}, allowed: 0 to layers - 1 = {layers - 1}")
+    head = torch.arange(heads, dtype=torch.float64)
+    if scheme == "retnet":
+        return torch.log1p(-(2.0 ** (-5 - head))).float()
+    if scheme == "lightning":
+        depth = 1.0 if layer is None or layers is None else 1 - layer / layers
+        return (-8 * head / heads * depth).float()
+    if scheme != "alibi":
+        raise OptionError(f"scheme={scheme!r}, allowed: 'alibi', 'lightning', 'retnet'")
+    power = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8 * (torch.arange(power, dtype=torch.float64) + 1) / power)
+    between = 2.0 ** (-4 * (2 * torch.arange(heads - power, dtype=torch.float64) + 1) / power)
+    depth = 1.0 if layer is None or layers is None else 1 - layer / max(layers - 1, 1) + 1e-5
+    return (-torch.cat([slopes, between]) * depth).float()

@@ -35,10 +35,19 @@ class Run:
                 raise UnsupportedModelError(
                     "a method is already applied to this model; leave it first, or combine methods with '+'"
                 )
+        self._refuse_windows_only()
         self.runtime = Runtime(self.method, len(self.modules), chunked=chunked)
         self._ropes = [self._rope(module) for module in self.modules]
         self._handles: list[Any] = []
         self._before: dict[int, tuple[Any, str | None]] = {}
+
+    def _refuse_windows_only(self) -> None:
+        layers = self.new_cache().layers
+        if not any(isinstance(layer, FoveateLayer) for layer in layers) and self.method.acts:
+            raise UnsupportedModelError(
+                f"every attention layer of {type(self.model).__name__} has a sliding window of its own, which foveate "
+                f"leaves as it is: there is nothing for {type(self.method).__name__} to act on; use 'full'"
+            )
 
     def _rope(self, module: nn.Module) -> Any:
         rope = find_rope(decoder_of(self.model), module)

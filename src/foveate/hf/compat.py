@@ -61,3 +61,9 @@ def new_dynamic_cache(config: Any) -> Cache:
 def tokens_to_remove(layer_length: int, argument: int) -> int:
     """`crop(x)`: x < 0 removes -x tokens; x >= 0 is the final length in versions that allow it."""
     return -argument if argument < 0 else max(0, layer_length - argument) if argument > 0 else 0
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name of the cache argument of a model's forward: `past_key_values`, newer `cache`."""
+    parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), "past_key_values")

@@ -57,6 +57,11 @@ class Method:
     def members(self) -> tuple[Method, ...]:
         return (self,)
 
+    @property
+    def acts(self) -> bool:
+        """Whether any member ever does something other than dense attention over everything."""
+        return any(part.acts_in or part.evicts for part in self.members)
+
     def for_model(self, identity: Any) -> Method:
         """Bind to a model (profiles are checked here); returns the method to run."""
         return self

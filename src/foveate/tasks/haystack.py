@@ -37,7 +37,9 @@ def depth_of(seed: int) -> float:
 
 def weave(units: Sequence[str], needles: Iterable[tuple[float, str]]) -> list[str]:
     """The units with each needle (depth, sentence) put before unit round(depth * number of units)."""
-    places = sorted(((round(depth * len(units)), depth, needle) for depth, needle in needles), key=lambda each: each[:2])
+    places = sorted(
+        ((round(depth * len(units)), depth, needle) for depth, needle in needles), key=lambda each: each[:2]
+    )
     woven: list[str] = []
     done = 0
     for place, _, needle in places:

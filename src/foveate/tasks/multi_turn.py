@@ -54,15 +54,12 @@ class MultiTurn(DraftedTask):
         values = draw("numbers", self.questions, rng)
         depths = [(haystack.depth_of(seed) + place / self.questions) % 1.0 for place in range(self.questions)]
         needles = [
-            (depth, needle("numbers", key, value))
-            for depth, key, value in zip(depths, keys, values, strict=True)
+            (depth, needle("numbers", key, value)) for depth, key, value in zip(depths, keys, values, strict=True)
         ]
         filler = haystack.prose(self.text, rng)
         return Draft(
             body=lambda units: introduction("numbers") + " ".join(haystack.weave(filler(units), needles)),
             padding=" ".join(filler(8)),
-            questions=tuple(
-                question("numbers", [key], (value,)) for key, value in zip(keys, values, strict=True)
-            ),
+            questions=tuple(question("numbers", [key], (value,)) for key, value in zip(keys, values, strict=True)),
             meta={"keys": keys, "depths": depths},
         )

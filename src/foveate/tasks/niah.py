@@ -40,9 +40,7 @@ _MOST_PAIRS = 20_000
 _NAMES = {"numbers": "number", "words": "word", "uuids": "code"}
 
 
-@register(
-    "niah", kind="task", paper=_PAPER, arxiv="2404.06654", year=2024, applies_to="causal language models"
-)
+@register("niah", kind="task", paper=_PAPER, arxiv="2404.06654", year=2024, applies_to="causal language models")
 @dataclass(frozen=True, kw_only=True)
 class Niah(DraftedTask):
     """Needles in a haystack, with any number of keys, values and queries (by default one each)."""
@@ -75,9 +73,7 @@ class Niah(DraftedTask):
         depths = [haystack.depth_of(seed) if self.depth is None else self.depth]
         depths += [rng.random() for _ in drawn[1:]]
         pairs = [(key, value) for key, some in zip(keys, values, strict=True) for value in some]
-        needles = [
-            (depth, needle(self.value, *pair)) for depth, pair in zip(depths, pairs, strict=True)
-        ]
+        needles = [(depth, needle(self.value, *pair)) for depth, pair in zip(depths, pairs, strict=True)]
         filler, most, padding = self._filler(rng, set(keys))
         asked = keys[: self.queries]
         answers = tuple(value for some in values[: self.queries] for value in some)
@@ -90,9 +86,7 @@ class Niah(DraftedTask):
             meta={"keys": asked, "depths": depths[: len(answers)]},
         )
 
-    def _filler(
-        self, rng: random.Random, taken: set[str]
-    ) -> tuple[Callable[[int], list[str]], int | None, str]:
+    def _filler(self, rng: random.Random, taken: set[str]) -> tuple[Callable[[int], list[str]], int | None, str]:
         if self.haystack == "repeat":
             return haystack.repeated, None, " ".join(haystack.REPEATED)
         if self.haystack == "prose":
@@ -102,9 +96,7 @@ class Niah(DraftedTask):
         return (lambda units: others[:units]), len(others), " ".join(haystack.REPEATED)
 
 
-@register(
-    "niah-single", kind="task", paper=_PAPER, arxiv="2404.06654", year=2024, applies_to="causal language models"
-)
+@register("niah-single", kind="task", paper=_PAPER, arxiv="2404.06654", year=2024, applies_to="causal language models")
 @dataclass(frozen=True, kw_only=True)
 class NiahSingle(Niah):
     """One needle in a haystack, one question for it."""
@@ -157,9 +149,7 @@ def question(value: str, keys: Sequence[str], answers: tuple[str, ...]) -> Quest
     name = _NAMES[value]
     if len(answers) == 1:
         return Question(f"What is the secret {name} of {owners}?", f"The secret {name} of {owners} is", answers)
-    return Question(
-        f"What are all the secret {name}s of {owners}?", f"The secret {name}s of {owners} are", answers
-    )
+    return Question(f"What are all the secret {name}s of {owners}?", f"The secret {name}s of {owners} are", answers)
 
 
 def other_needles(key: str, value: str, rng: random.Random, taken: set[str]) -> list[str]:

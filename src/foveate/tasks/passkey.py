@@ -1,7 +1,7 @@
 """Passkey retrieval: a five-digit number in repeated filler.  (Mohtashami and Jaggi, arXiv 2305.16300)
 
-The context tells that a pass key is hidden, then repeats short filler sentences; the key is stated once, at the example's depth,
-as in the paper with the number twice. The cue is the beginning of the answer.
+The context says that a pass key is hidden, then repeats short filler sentences; at the example's depth one needle
+states the key, as in the paper with the number twice. The cue is the beginning of the answer.
 
 Differs from the paper: our filler sentences and wording; exact length; depth fixed per seed, not drawn.
 

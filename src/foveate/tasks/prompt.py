@@ -57,7 +57,7 @@ class Draft:
 class Frame:
     """The text around a context and its questions: empty for plain prompts, else from the chat template.
 
-        opening CONTEXT question closing cue ANSWER between question closing cue ANSWER ...
+    opening CONTEXT question closing cue ANSWER between question closing cue ANSWER ...
     """
 
     opening: str = ""

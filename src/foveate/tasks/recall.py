@@ -1,13 +1,105 @@
-"""Associative recall: a list of key-value pairs, and one key to look up.
+"""Associative recall: many key-value pairs, and keys to look up.
 
-As in MQAR (Zoology, arXiv 2312.04927), keys and values follow each other and a key that comes back must call its value;
-here in words, for a pretrained model, with the same key-value form before and after:
+As in MQAR (Zoology, arXiv 2312.04927) a key that comes back must call its value; here in words, for a pretrained
+model, and with the key followed by the same words before and after:
 
-    amber-castle: 4821
+    The number of amber-castle is 4821.
     ...
-    amber-castle:                 the model goes on
+    The number of amber-castle is        and the model goes on
 
-`pairs=None` fills the whole length with pairs; a number spreads that many over filler sentences.
+`pairs=None` fills the whole length with pairs, `pairs=n` spreads n of them over prose. Each of the `queries` looks
+up another key, on a copy of the context's cache; the score is the mean.
 
-Differs from MQAR: text, not bare token ids; `queries` lookups per example, as turns on copies of the context, not in one sequence.
+Differs from MQAR: text instead of bare token ids, and lookups that do not see each other.
+
+Errors: a length too small raises OptionError with the smallest; one that needs more than 20,000 pairs, with
+the largest. Cost: linear in the length.
 """
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from foveate.errors import OptionError
+from foveate.options import option
+from foveate.registry import register
+from foveate.tasks import haystack
+from foveate.tasks.base import DraftedTask
+from foveate.tasks.prompt import Draft, Question
+from foveate.tasks.text import sentences
+from foveate.tasks.words import compounds, draw
+
+_INTRODUCTION = "Every name below has a number. Remember them.\n\n"
+_PAIR = "The number of {key} is {value}."
+_DIGITS = 4
+# Four digits give 9000 values, so values repeat; keys do not.
+_MOST_PAIRS = 20_000
+
+
+@register(
+    "recall",
+    kind="task",
+    paper="Zoology: Measuring and Improving Recall in Efficient Language Models",
+    arxiv="2312.04927",
+    year=2023,
+    applies_to="causal language models",
+)
+@dataclass(frozen=True, kw_only=True)
+class Recall(DraftedTask):
+    """Look up values by their keys in a long list of key-value pairs."""
+
+    queries: int = option(1, "keys looked up, each on a copy of the context's cache", at_least=1, at_most=1000)
+    pairs: int | None = option(
+        None, "pairs in the context, spread over prose; None: nothing but pairs", at_least=1, at_most=_MOST_PAIRS
+    )
+    depth: float | None = option(
+        None,
+        "where the first asked pair lies, 0 start to 1 end; None: spread evenly over the seeds",
+        at_least=0,
+        at_most=1,
+    )
+    text: str | None = option(None, "UTF-8 text file that the pairs are spread over; None: Python's manual")
+
+    @property
+    def turns_share_cache(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        if self.pairs is not None and self.queries > self.pairs:
+            raise OptionError(f"Recall: queries={self.queries}, allowed: <= pairs={self.pairs}")
+        if self.text is not None:
+            sentences(self.text)
+
+    def draft(self, length: int, seed: int) -> Draft:
+        rng = random.Random(f"recall {seed}")
+        keys = rng.sample(compounds(), _MOST_PAIRS)
+        values = [draw("numbers", 1, rng, digits=_DIGITS)[0] for _ in keys]
+        lines = [_PAIR.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+        depths = [(haystack.depth_of(seed) + place / self.queries) % 1.0 for place in range(self.queries)]
+        if self.depth is not None:
+            depths[0] = self.depth
+        filler, most, padding = self._filler(lines, rng)
+        woven = self.queries if self.pairs is None else self.pairs
+        depths += [rng.random() for _ in range(woven - self.queries)]
+        needles = list(zip(depths, lines[:woven], strict=True))
+        separator = "\n" if self.pairs is None else " "
+        return Draft(
+            body=lambda units: _INTRODUCTION + separator.join(haystack.weave(filler(units), needles)),
+            padding=padding,
+            questions=tuple(
+                Question(f"What is the number of {key}?", f"The number of {key} is", (value,))
+                for key, value in zip(keys[: self.queries], values, strict=False)
+            ),
+            most=most,
+            depth=depths[0] if self.queries == 1 else None,
+            meta={"keys": keys[: self.queries], "depths": depths[: self.queries]},
+        )
+
+    def _filler(self, lines: list[str], rng: random.Random) -> tuple[Callable[[int], list[str]], int | None, str]:
+        if self.pairs is None:
+            others = lines[self.queries :]
+            return (lambda units: others[:units]), len(others), " ".join(haystack.REPEATED)
+        prose = haystack.prose(self.text, rng)
+        return prose, None, " ".join(prose(8))

@@ -1,6 +1,7 @@
 """How outputs are matched with expected answers.
 
-`found` is the rule of RULER (arXiv 2404.06654): the fraction of the expected strings that occur in the output, in either case.
+`found` is the rule of RULER (arXiv 2404.06654): the fraction of the expected strings that occur in the output, in
+either case.
 `numbered_pairs` and `set_overlap` are the stricter rules of The Sparse Frontier (arXiv 2504.17768) for its needle
 and variable-tracking tasks. All return 0 to 1 and take time linear in the text.
 """

@@ -1,8 +1,8 @@
 """Text for tasks: the English prose of Python's own manual, or a text file of the user's.
 
 `paragraphs(None)` reads `pydoc_data.topics`, which ships with Python: headings, grammar, signatures, code and
-repeated paragraphs are left out, emphasis marks are removed, each paragraph becomes one line. The manual differs a little
-between Python versions, so texts are the same for one Python version, not for all.
+repeated paragraphs are left out, emphasis marks are removed, each paragraph becomes one line. The manual differs a
+little between Python versions, so texts are the same for one Python version, not for all.
 
 A user's file is UTF-8; blank lines separate its paragraphs.
 
@@ -36,9 +36,7 @@ def paragraphs(path: str | None) -> tuple[str, ...]:
 @functools.cache
 def sentences(path: str | None) -> tuple[str, ...]:
     """The sentences of `paragraphs(path)`, in order."""
-    return tuple(
-        sentence for paragraph in paragraphs(path) for sentence in _SENTENCE_END.split(paragraph) if sentence
-    )
+    return tuple(sentence for paragraph in paragraphs(path) for sentence in _SENTENCE_END.split(paragraph) if sentence)
 
 
 @functools.cache

@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 from foveate.tasks.text import paragraphs
 
-NOUNS = tuple(
-    """
+_NOUNS = """
     acorn almond anchor apple apron arrow autumn badger bakery bamboo banjo barley barrel basket beacon beaver
     blanket blossom bottle branch breeze bridge bucket butter button cabin cactus camel candle canoe canyon
     captain carpet carrot castle cedar chapel cherry chimney cinema clover cobbler coffee compass copper coral
@@ -27,10 +26,8 @@ NOUNS = tuple(
     statue summer sunset swallow tavern teapot temple thistle thunder tiger timber tomato tractor trumpet
     tulip tunnel turtle umbrella valley velvet village violin walnut walrus water weaver whale willow window
     winter wizard wolf yarn zebra
-    """.split()
-)
-ADJECTIVES = tuple(
-    """
+"""
+_ADJECTIVES = """
     ancient bitter bold brave bright brisk broad calm careful cheap clever cloudy clumsy cold cosy crooked cruel
     curious damp dark distant dull dusty eager early empty faint famous fancy fearless fierce fragile fresh
     frozen gentle giant glossy golden grand grateful happy heavy hollow honest hungry icy jolly keen kind large
@@ -38,8 +35,9 @@ ADJECTIVES = tuple(
     patient plain polite proud purple quick quiet rapid ripe rough round royal rusty salty scarlet shallow sharp
     shiny silent sleepy slender slow small smooth soft solemn sour spicy steady steep sticky strange sturdy
     sunny sweet swift tall tame tasty thin tidy tiny tired velvety warm wild wise wooden young
-    """.split()
-)
+"""
+NOUNS = tuple(_NOUNS.split())
+ADJECTIVES = tuple(_ADJECTIVES.split())
 KINDS = ("words", "numbers", "uuids")
 
 

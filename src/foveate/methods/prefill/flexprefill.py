@@ -49,7 +49,8 @@ BUDGET_TOKENS_PER_BLOCK = 128
     year=2025,
     applies_to="pretrained",
     exact={"gamma": 1.0, "min_budget": 10**6},
-    small={"gamma": 0.5, "block": 16, "min_budget": 16},
+    small={"gamma": 0.5, "block": 16, "min_budget": 32, "tau": 0.0},
+    known={"causality": "the last queries of the prompt choose the blocks of all rows, by the paper's design"},
 )
 @dataclass(frozen=True, kw_only=True)
 class FlexPrefill(Method):
