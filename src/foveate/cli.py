@@ -74,7 +74,9 @@ def show(name: str, as_json: AsJson = False) -> None:
     out.print(card.summary, highlight=False)
     for option in card.options:
         default = "required" if option.required else f"default {option.default!r}"
-        out.print(f"  {option.name}: {option.type}, {default}; {option.bounds}. {option.help}", highlight=False, markup=False)
+        out.print(
+            f"  {option.name}: {option.type}, {default}; {option.bounds}. {option.help}", highlight=False, markup=False
+        )
     if card.calibration:
         out.print(f"calibration: foveate calibrate {card.calibration}", highlight=False)
     if card.claim:
@@ -84,7 +86,9 @@ def show(name: str, as_json: AsJson = False) -> None:
 @app.command()
 def compare(
     model: Model = None,
-    methods: Annotated[str | None, typer.Option(help="specs separated by spaces or ';'; 'full snapkv:budget=256'")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="specs separated by spaces or ';'; 'full snapkv:budget=256'")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="tasks separated by spaces or ';'")] = None,
     lengths: Annotated[str, typer.Option(help="prompt lengths in tokens, separated by commas")] = "2048",
     seeds: Annotated[int, typer.Option(help="examples per cell", min=1)] = 2,

@@ -56,7 +56,7 @@ def per_token(network, weights, tensors, C, loss=lambda e: e.square().sum(), pro
             for t in range(y.shape[1]):
                 if t % C == 0:
                     base = [w.detach().requires_grad_() for w in (project(W) if project else W)]
-                error = network(lambda n, x: _plain(x, base[n]), tensors["k"][b, t, h][None]) - tensors["v"][b, t, h]
+                error = network(_with(base), tensors["k"][b, t, h][None]) - tensors["v"][b, t, h]
                 grads = torch.autograd.grad(loss(error), base)
                 rate, decay, momentum = (
                     tensors[name][b, t, h] if name in tensors else default
@@ -68,15 +68,15 @@ def per_token(network, weights, tensors, C, loss=lambda e: e.square().sum(), pro
                 )
                 S = [momentum.exp() * s - rate * d for s, d in zip(S, grads)]
                 W = [decay.exp() * w + s for w, s in zip(W, S)]
-                y[b, t, h] = network(lambda n, x: _plain(x, W[n]), tensors["q"][b, t, h][None])[0].detach()
+                y[b, t, h] = network(_with(W), tensors["q"][b, t, h][None])[0].detach()
                 if (t + 1) % C == 0 and boundary:
                     W = boundary(W)
             ends.append(W)
     return y, [torch.stack([e[n] for e in ends]).unflatten(0, (B, H)) for n in range(len(weights))]
 
 
-def _plain(x: Tensor, w: Tensor) -> Tensor:
-    return x * w if w.dim() == 1 else x @ w
+def _with(weights):
+    return lambda n, x: x * weights[n] if weights[n].dim() == 1 else x @ weights[n]
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -245,7 +245,7 @@ def test_without_gradients(mode):
     ],
 )
 def test_refuses(change, error, message):
-    network, weights = MEMORIES["mlp"]
+    _, weights = MEMORIES["mlp"]
     weights = (weights[0][..., :D], weights[1][:, :D])
     good = {"network": mlp, "state": WeightState.start(weights, B), **inputs()}
     with pytest.raises(error, match=message):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from foveate.hf import Run, apply
+from foveate.hf.compat import cache_keyword
 from foveate.methods import Method, create
 from foveate.methods.base import Composed
 from foveate.methods.cache import Change
@@ -53,13 +54,13 @@ def model_generate(config: dict[str, Any], tensors: dict[str, Tensor], method: s
     applied = method if listener is None else Composed(parts=(listener, method))
     ids = tensors["input_ids"].long()
     with torch.no_grad(), apply(model, applied) as run:
-        cache = run.new_cache()
-        last = model(ids, past_key_values=cache).logits[0, -1]
+        held = {cache_keyword(model): run.new_cache()}
+        last = model(ids, **held).logits[0, -1]
         made = {"prefill_last_logits": last, **_kept(run, ids.shape[1])}
         tokens, logits = [], []
         for _ in range(STEPS):
             tokens.append(last.argmax())
-            last = model(tokens[-1].view(1, 1), past_key_values=cache).logits[0, -1]
+            last = model(tokens[-1].view(1, 1), **held).logits[0, -1]
             logits.append(last)
     made |= {"decode_tokens": torch.stack(tokens).int(), "decode_logits": torch.stack(logits)}
     for layer, scores in ({} if listener is None else listener.heard).items():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.attention.backends import cpp_plans
 from foveate.attention.backends.torch_dense import fused
 from foveate.attention.merge import apply_sink
 from foveate.attention.shapes import match
@@ -47,6 +48,12 @@ def attend_ragged(
     heads = len(start) // B
     G = Hq // heads
     scale = D**-0.5 if scale is None else scale
+    if M == 1 and window is None and log_weight is None and cpp_plans.why_not_segments(q, k, v, G) is None:
+        rows = (q.reshape(B * heads, G, D).float() * scale).contiguous()
+        begin = [[row * x.stride(0) for row in start] for x in (k, v)]
+        o, lse = cpp_plans.decode(rows, k, v, begin[0], begin[1], k.stride(0), v.stride(0), None, list(length))
+        o, lse = o.view(B, Hq, M, -1).to(q.dtype), lse.view(B, Hq, M)
+        return _finish(o, lse, sink, return_lse)
     need_lse = return_lse or sink is not None
     o = torch.zeros(B, heads, G * M, v.shape[1], dtype=q.dtype, device=q.device)
     lse = torch.full((B, heads, G * M), -torch.inf, dtype=torch.float32, device=q.device)
@@ -78,7 +85,10 @@ def attend_ragged(
         o[b, h] = own[0, 0]
         if own_lse is not None:
             lse[b, h] = own_lse[0, 0]
-    o, lse = o.view(B, Hq, M, -1), lse.view(B, Hq, M)
+    return _finish(o.view(B, Hq, M, -1), lse.view(B, Hq, M), sink, return_lse)
+
+
+def _finish(o: Tensor, lse: Tensor, sink: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     if sink is not None:
         o, lse = apply_sink(o, lse, sink)
     return (o, lse) if return_lse else o

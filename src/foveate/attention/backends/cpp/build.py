@@ -1,0 +1,75 @@
+"""Compile the CPU kernel on first use: a plain shared library, no torch headers, about three seconds, then cached."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def why_unavailable() -> str | None:
+    """Why the kernel cannot be had here, None when it can (or is already built)."""
+    if os.environ.get("FOVEATE_CPP", "1") == "0":
+        return "it is switched off by FOVEATE_CPP=0"
+    if compiler() is None:
+        return "no C++ compiler (g++ or clang++) was found to build it"
+    return _library()[1]
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return "".join(line for line in lines if line.startswith(("model name", "flags")))[:4000]
+
+
+def _target() -> Path:
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + _cpu().encode()).hexdigest()[:16]
+    root = Path(os.environ.get("FOVEATE_CACHE", Path.home() / ".cache" / "foveate"))
+    return root / "kernels" / f"decode-{key}.so"
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    target = _target()
+    try:
+        if not target.exists():
+            _compile(target)
+        return ctypes.CDLL(str(target)), None
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return None, f"building it failed: {str(detail).strip().splitlines()[-1:]}"
+
+
+def _compile(target: Path) -> None:
+    program = compiler()
+    assert program is not None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, made = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        subprocess.run([program, *FLAGS, str(SOURCE), "-o", made], check=True, capture_output=True, text=True)
+        os.replace(made, target)
+    finally:
+        Path(made).unlink(missing_ok=True)
+
+
+def library() -> ctypes.CDLL:
+    loaded, reason = _library()
+    if loaded is None:
+        raise OSError(reason)
+    return loaded

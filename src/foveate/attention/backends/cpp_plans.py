@@ -1,0 +1,113 @@
+"""The C++ CPU backend: one query (or a few) per head over all keys or a list of them, each key read once per group."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from foveate.attention.backends.cpp.build import library, why_unavailable
+from foveate.attention.call import Call
+from foveate.attention.merge import apply_sink
+from foveate.attention.plan import Dense, Tokens
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+MAX_ROWS = 16
+
+
+def why_not(call: Call) -> str | None:
+    q, k, v = call.q, call.k, call.v
+    if not isinstance(call.plan, Dense | Tokens):
+        return f"it reads dense keys and token lists, not {type(call.plan).__name__} plans"
+    if isinstance(call.plan, Tokens) and call.plan.index.dim() != 3:
+        return "it reads one token list per head, not one per query"
+    if call.m * call.group > MAX_ROWS or call.m > 1:
+        return f"it serves one query per head and at most {MAX_ROWS} heads per group (prompts go to torch)"
+    if q.dtype not in KINDS or q.shape[-1] % 16 or v.shape[-1] % 16:
+        return f"it serves float32 and bfloat16 with head sizes that 16 divides, not {q.dtype}, {q.shape[-1]}"
+    if call.window is not None or call.positions.holes or call.softcap is not None or call.log_weight is not None:
+        return "windows, padding, softcap and log weights go to torch"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it has no gradients"
+    if k.stride(-1) != 1 or v.stride(-1) != 1 or not k.shape[2]:
+        return "keys and values need a unit last stride and at least one token"
+    if isinstance(call.plan, Tokens) and call.plan.index.shape[1] != k.shape[1]:
+        return "it reads one list per KV head"
+    return why_unavailable()
+
+
+def why_not_segments(q: Tensor, k: Tensor, v: Tensor, rows: int) -> str | None:
+    """The same question for packed segments k [R, D], v [R, Dv] with `rows` query rows each."""
+    if q.device.type != "cpu" or q.dtype not in KINDS or rows > MAX_ROWS or q.shape[-1] % 16 or v.shape[-1] % 16:
+        return "it serves CPU tensors, float32 or bfloat16, of a head size that 16 divides"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it has no gradients"
+    return why_unavailable()
+
+
+def attend(call: Call) -> tuple[Tensor, Tensor]:
+    """o [B, Hq, 1, Dv] in q's dtype, lse [B, Hq, 1] float32."""
+    B, Hq, M, D = call.q.shape
+    H, N, Dv = call.k.shape[1], call.n, call.v.shape[-1]
+    q = (call.q.reshape(B * H, call.group * M, D).float() * call.scale).contiguous()
+    lists = lengths = None
+    if isinstance(call.plan, Tokens):
+        plan = call.plan
+        index = plan.index
+        if plan.length is not None or N < 2**31:
+            index = torch.where(plan.valid(N), index, -1)
+        lists = index.to(torch.int64).expand(B, H, -1).contiguous().view(B * H, -1)
+        lengths = [lists.shape[1]] * (B * H)
+    starts = [[b * x.stride(0) + h * x.stride(1) for b in range(B) for h in range(H)] for x in (call.k, call.v)]
+    o, lse = decode(
+        q, call.k, call.v, starts[0], starts[1], call.k.stride(2), call.v.stride(2), lists, lengths or [N] * (B * H)
+    )
+    o, lse = o.view(B, Hq, M, Dv), lse.view(B, Hq, M)
+    if call.sink is not None:
+        o, lse = apply_sink(o, lse, call.sink)
+    return o.to(call.q.dtype), lse
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_start: list[int],
+    v_start: list[int],
+    k_row: int,
+    v_row: int,
+    lists: Tensor | None,
+    lengths: list[int],
+) -> tuple[Tensor, Tensor]:
+    """q [S, R, D] float32, scaled; segment s of k starts k_start[s] elements in, its rows k_row apart.
+
+    lists: int64 [S, K] slots within a segment (< 0 absent), or None for the first lengths[s] slots.
+    Returns float32 [S, R, Dv] and lse [S, R].
+    """
+    S, R, D = q.shape
+    Dv = v.shape[-1]
+    out = torch.empty(S, R, Dv, dtype=torch.float32)
+    lse = torch.empty(S, R, dtype=torch.float32)
+    longs = ctypes.c_int64 * S
+    library().foveate_decode(
+        KINDS[k.dtype],
+        ctypes.c_void_p(q.data_ptr()),
+        ctypes.c_void_p(k.data_ptr()),
+        ctypes.c_void_p(v.data_ptr()),
+        longs(*k_start),
+        longs(*v_start),
+        ctypes.c_int64(k_row),
+        ctypes.c_int64(v_row),
+        ctypes.c_void_p(None if lists is None else lists.data_ptr()),
+        longs(*lengths),
+        ctypes.c_int64(0 if lists is None else lists.stride(0)),
+        S,
+        R,
+        D,
+        Dv,
+        torch.get_num_threads(),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(lse.data_ptr()),
+    )
+    return out, lse

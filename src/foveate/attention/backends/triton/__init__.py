@@ -1,0 +1,1 @@
+"""Triton kernels for softmax attention. Importing this package imports no triton; its modules do."""

@@ -1,0 +1,102 @@
+"""Where and with what the numbers were made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import foveate
+from foveate.compare.memory import kind_of_peak
+from foveate.hf.identity import identify
+
+# The rooms whose code decides what a cell's numbers are; a change in them makes old cells invalid.
+_DECISIVE = ("attention", "methods", "hf", "tasks", "compare/measure.py", "compare/subject.py", "compare/memory.py")
+_SOURCES = {".py", ".cpp", ".cu", ".h"}
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "foveate": foveate.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the GPU's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else str(device)
+
+
+@cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith(("model name", "Hardware")):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def load_average() -> list[float] | None:
+    """The machine's load over 1, 5 and 15 minutes: what else ran beside the measurement."""
+    return [round(each, 2) for each in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Device, versions, threads, date, load and platform; see docs/results-schema.md."""
+    return {
+        "device": device_name(model.device),
+        "device_type": model.device.type,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "date": now(),
+        "loadavg": load_average(),
+        "platform": platform.platform(),
+        "peak_bytes_kind": kind_of_peak(model.device),
+    }
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """Name, size and attention shape of a model; raises UnsupportedModelError when no method could serve it."""
+    identity = identify(model)
+    name = str(getattr(model, "name_or_path", "") or "")
+    return {
+        "name": Path(name).name or type(model).__name__,
+        "type": identity.model_type,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": identity.layers,
+        "heads": identity.heads,
+        "kv_heads": identity.kv_heads,
+        "head_dim": identity.head_dim,
+        "fingerprint": identity.fingerprint,
+    }
+
+
+@cache
+def source_digest() -> str:
+    """A hash of foveate's own code as far as it decides results, so that changed code never reuses old cells."""
+    root = Path(foveate.__file__).parent
+    digest = hashlib.sha256()
+    for part in _DECISIVE:
+        place = root / part
+        for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if file.suffix in _SOURCES:
+                digest.update(file.relative_to(root).as_posix().encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,244 @@
+"""DuoAttention: retrieval heads keep everything, streaming heads keep sinks and the last tokens.  (arXiv 2410.10819)
+
+Only some KV heads need the distant context. A gate per KV head, alpha in [0, 1], is trained once per model to mix
+full attention with sink-and-window attention while the final hidden states stay as they were and the gates become
+small (`foveate calibrate duo`). Heads whose gate stays high change the output when truncated: they are retrieval
+heads. Here the gates are only thresholded, globally, so that the share `sparsity` of all KV heads streams.
+
+    training    o = (1 - a) o_stream + a o_full.detach(),  a = clamp(alpha, 0, 1),  o_full from an unmodified pass
+                stream mask: j <= i and (i - j < window or j < sinks)
+    deployment  a head is full iff alpha >= quantile(alpha over layers and KV heads, sparsity)
+                first chunk: full attention in all heads, then streaming heads keep positions < sinks and the last
+                `window`; later chunks: a streaming head reads what it kept and the chunk, causally, then is truncated
+                again (so it sees between window and window + chunk tokens back); a decode step reads
+                sinks + window + 1 keys and evicts one, in place. Keys keep their true rotary positions.
+
+Storage is packed per head: (N f + (sinks + window) (1 - f)) keys per layer, f the full heads' share. Decoding costs
+O(N) for full heads only.
+
+`variant="kvpress"` (NVIDIA/kvpress): the round(heads x sparsity) lowest gates stream; their prompt keys in
+[sinks, N - window) go once, at the end of the prompt; the window does not slide afterwards.
+
+Differs from the authors' code: ties between gates go to the lower layer and head (theirs: random noise of 1e-6);
+sinks are the first real tokens of a padded row; sinks and window are exact to the token (their kernel rounds to
+blocks of 128 while training); heads are packed instead of reordered. A NaN gate is a head that was never gated (its
+layer has a sliding window of its own): it does not count, and is left as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.attention.plan import Window
+from foveate.attention.softmax import attend
+from foveate.errors import OptionError, ShapeError
+from foveate.methods.cache import Change, DropRagged, KeepRagged
+from foveate.methods.calibrated import Calibrated, check_table, table_profile
+from foveate.methods.profile import ModelIdentity, Profile
+from foveate.methods.step import Step
+from foveate.options import option
+from foveate.registry import register
+
+# Less than any difference of gates that means something; only orders equal gates.
+TIE = 1e-6
+
+
+@dataclass
+class Ring:
+    """Where a streaming head's last tokens lie in its packed rows; the same for all streaming heads of a sequence.
+
+    rows: int64 [B, window] on the host, rows of the last tokens, oldest first from `oldest` on, round and round.
+    oldest: int64 [B] on the host.
+    """
+
+    rows: Tensor
+    oldest: Tensor
+
+
+@register(
+    "duo",
+    kind="keep",
+    paper="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
+    arxiv="2410.10819",
+    year=2024,
+    applies_to="pretrained, calibrated",
+    exact={"sparsity": 0.0},
+    small={"sinks": 4, "window": 12},
+    calibration="duo",
+)
+@dataclass(frozen=True, kw_only=True)
+class Duo(Calibrated):
+    """Retrieval heads keep all keys; streaming heads keep sinks and a sliding window; calibrated gates tell them apart."""
+
+    evicts: ClassVar[bool] = True
+    ragged: ClassVar[bool] = True
+    calibration: ClassVar[str] = "duo"
+
+    sinks: int = option(64, "first tokens that streaming heads keep", at_least=0)
+    window: int = option(256, "last tokens that streaming heads keep, the newest included", at_least=1)
+    sparsity: float = option(0.5, "share of all KV heads that stream", at_least=0, at_most=1)
+    variant: str = option(
+        "original",
+        "truncate after every chunk and slide, or once at the end of the prompt",
+        one_of=("original", "kvpress"),
+    )
+
+    @staticmethod
+    def example_profile(model: ModelIdentity) -> Profile:
+        """A made-up profile: gates rise from the first head of the first layer to the last."""
+        count = model.layers * model.kv_heads
+        gates = torch.linspace(0, 1, count, dtype=torch.float64).view(model.layers, model.kv_heads)
+        return table_profile("duo", model, alpha=gates)
+
+    def check_profile(self, profile: Profile) -> None:
+        check_table(profile, "alpha", (profile.model.layers, profile.model.kv_heads))
+
+    @cached_property
+    def full_heads(self) -> Tensor:
+        """Bool [layers, Hkv]: the retrieval heads."""
+        gates = self.table("alpha").double().clamp(0.0, 1.0)
+        return (
+            lowest_stream(gates, self.sparsity) if self.variant == "kvpress" else sparsify_heads(gates, self.sparsity)
+        )
+
+    def keep(self, step: Step) -> Change | None:
+        full = self.full_heads[step.layer]
+        if bool(full.all()):
+            return None
+        if self.variant == "kvpress":
+            ends = step.phase == "prefill" and not step.run.chunked
+            return self._truncate(step, full) if ends else None
+        if step.phase == "decode" and step.cache.ragged:
+            return self._slide(step, full)
+        return self._truncate(step, full)
+
+    def prompt_ends(self, step: Step) -> Change | None:
+        full = self.full_heads[step.layer]
+        return self._truncate(step, full) if self.variant == "kvpress" and not bool(full.all()) else None
+
+    def _truncate(self, step: Step, full: Tensor) -> Change | None:
+        """Streaming heads keep their sinks and last tokens; also makes the ring anew."""
+        cache = step.cache
+        if cache.stored <= self.sinks + self.window and not cache.ragged:
+            return None
+        cutoff = step.query_positions().amax(1) - self.window
+        B, H = cache.shape
+        if cache.packed is None:
+            held = torch.arange(cache.stored, device=step.q.device).expand(B, 1, -1)
+            held = held if cache.positions is None else cache.positions[:, :1]
+            stays = (held < self.sinks) | (held > cutoff[:, None, None])
+            mask = stays | full.to(stays.device)[None, :, None]
+            step.state = self._rings([held[b, 0, (stays & (held >= 0))[b, 0]] for b in range(B)])
+            return KeepRagged(mask)
+        mask = torch.ones(B, H, cache.stored, dtype=torch.bool, device=step.q.device)
+        kept = []
+        for b in range(B):
+            for h in (~full).nonzero()[:, 0].tolist():
+                held = cache.packed.segment("positions", b * H + h)
+                stays = (held < self.sinks) | (held > cutoff[b])
+                mask[b, h, : held.shape[0]] = stays
+            kept.append(held[stays])
+        step.state = self._rings(kept)
+        return KeepRagged(mask)
+
+    def _rings(self, kept: list[Tensor]) -> Ring:
+        """From the positions that a streaming head of each sequence keeps, in the order of its rows."""
+        rows = torch.arange(self.sinks, self.sinks + self.window).repeat(len(kept), 1)
+        for b, held in enumerate(kept):
+            # A head that is not full yet holds its tokens in order, so the rows above are right when it is.
+            if held.shape[0] == self.sinks + self.window:
+                rows[b] = held.argsort()[self.sinks :].cpu()
+        return Ring(rows, torch.zeros(len(kept), dtype=torch.int64))
+
+    def _slide(self, step: Step, full: Tensor) -> Change | None:
+        """Evict the oldest token of each streaming head that holds one too many."""
+        packed, ring = step.cache.packed, step.state
+        assert packed is not None
+        assert isinstance(ring, Ring)
+        B, H = step.cache.shape
+        streaming = (~full).nonzero()[:, 0].tolist()
+        gone: list[tuple[int, int]] = []
+        for b in range(B):
+            if packed.length[b * H + streaming[0]] <= self.sinks + self.window:
+                continue
+            # The newest key, in the last row, moves into the place of the oldest.
+            row = int(ring.rows[b, ring.oldest[b]])
+            ring.oldest[b] = (ring.oldest[b] + 1) % self.window
+            gone += [(b * H + h, row) for h in streaming]
+        return DropRagged(tuple(gone)) if gone else None
+
+
+def sparsify_heads(alpha: Tensor, sparsity: float) -> Tensor:
+    """The heads that keep everything: bool like alpha [layers, Hkv]; True iff alpha >= quantile(alpha, sparsity).
+
+    The quantile runs over all gates and interpolates linearly; NaN gates do not count and are full. sparsity <= 0: all
+    are full, >= 1: none. Equal gates: the lower layer and head stays full first.
+    """
+    gates = alpha.double()
+    if gates.dim() != 2:
+        raise ShapeError(f"alpha {list(alpha.shape)} does not fit [layers, Hkv]")
+    if sparsity <= 0:
+        return torch.ones_like(gates, dtype=torch.bool)
+    if sparsity >= 1:
+        return gates.isnan()
+    order = torch.arange(gates.numel(), device=gates.device).view_as(gates) / gates.numel()
+    ordered = gates - TIE * order
+    return (ordered >= torch.nanquantile(ordered, sparsity)) | gates.isnan()
+
+
+def lowest_stream(alpha: Tensor, sparsity: float) -> Tensor:
+    """The heads that keep everything when the round(heads x sparsity) lowest gates stream: bool [layers, Hkv]."""
+    gates = alpha.double().flatten()
+    if not 0 <= sparsity <= 1:
+        raise OptionError(f"sparsity={sparsity}, allowed: >= 0 and <= 1")
+    count = round(int((~gates.isnan()).sum()) * sparsity)
+    # Backwards, so that of equal gates the lower layer and head stays full.
+    lowest = gates.nan_to_num(torch.inf).flip(0).argsort(stable=True)[:count]
+    full = torch.ones_like(gates, dtype=torch.bool)
+    full[gates.numel() - 1 - lowest] = False
+    return full.view_as(alpha)
+
+
+def gated_mix(full: Tensor, stream: Tensor, alpha: Tensor) -> Tensor:
+    """(1 - a) stream + a full, a = clamp(alpha, 0, 1): the training forward of one layer.
+
+    Args:
+        full: [B, Hq, M, D], attention of the unmodified pass; no gradient flows into it.
+        stream: [B, Hq, M, D], sink-and-window attention of the gated pass.
+        alpha: [Hkv], one gate for the query heads of a group; its gradient is zero outside [0, 1].
+    """
+    if stream.shape != full.shape or stream.shape[1] % alpha.shape[0]:
+        raise ShapeError(
+            f"full {list(full.shape)}, stream {list(stream.shape)} and alpha {list(alpha.shape)} do not fit "
+            "[B, Hq, M, D], [B, Hq, M, D], [Hkv]"
+        )
+    gate = alpha.clamp(0.0, 1.0).repeat_interleave(stream.shape[1] // alpha.shape[0])[None, :, None, None]
+    return ((1 - gate) * stream + gate * full.detach()).to(stream.dtype)
+
+
+def streaming_plan(sinks: int, window: int) -> Window:
+    """What a streaming head reads: j <= i and (i - j < window or j < sinks)."""
+    return Window(left=window - 1, sinks=sinks)
+
+
+def streaming_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, sinks: int, window: int, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Sink-and-window attention of a self-contained q [B, Hq, N, D] over k, v [B, Hkv, N, D]: o [B, Hq, N, D]."""
+    o: Tensor = attend(q, k, v, streaming_plan(sinks, window), scale=scale, backend=backend)
+    return o
+
+
+__all__ = [
+    "Duo",
+    "gated_mix",
+    "lowest_stream",
+    "sparsify_heads",
+    "streaming_attention",
+    "streaming_plan",
+]

@@ -1,0 +1,90 @@
+"""topk_select against a stable sort: exactly the same positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from foveate.attention.backends.triton.configs import TopkConfig
+from foveate.attention.backends.triton.topk import topk_select
+from foveate.errors import ShapeError
+from tests.kernels.definitions import DEVICE
+
+# Several chunks of several blocks even for short rows.
+CUT = TopkConfig(block=128, num_warps=4, most_chunks=3)
+
+
+def expected(scores: torch.Tensor, k: int, length=None) -> torch.Tensor:
+    rows = []
+    for r, row in enumerate(scores.double()):
+        n = row.numel() if length is None else int(length[r])
+        row = row[:n].masked_fill(row[:n].isnan(), -torch.inf)
+        # Among equal scores NaN comes last, as it is the lowest.
+        order = torch.sort(row, descending=True, stable=True).indices
+        nan = scores[r, :n].isnan()[order]
+        order = torch.cat((order[~nan], order[nan]))[:k].sort().values
+        rows.append(torch.nn.functional.pad(order, (0, k - order.numel()), value=-1))
+    return torch.stack(rows).to(torch.int32)
+
+
+@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n, k", [(1, 1), (15, 4), (63, 63), (65, 1), (127, 20), (1000, 128), (1000, 999)])
+def test_equals_a_stable_sort(config, dtype, n, k):
+    scores = torch.randn(3, n, device=DEVICE).to(dtype)
+    assert torch.equal(topk_select(scores, k, config=config), expected(scores, k))
+
+
+@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_go_to_the_lowest_positions(config, dtype):
+    scores = torch.randint(-2, 3, (4, 777), device=DEVICE).to(dtype)
+    scores[1] = 0.0
+    scores[2, ::3] = -0.0
+    scores[3] = -torch.inf
+    for k in (1, 300, 777):
+        assert torch.equal(topk_select(scores, k, config=config), expected(scores, k))
+
+
+@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+def test_extremes(config):
+    tiny = torch.finfo(torch.float32).tiny
+    values = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1.0, -1.0, tiny, -tiny, tiny / 8, 3e38, -3e38]
+    scores = torch.tensor(values * 31, device=DEVICE)[torch.randperm(31 * len(values))][None]
+    for k in (1, 40, 100, 200, 350, 403):
+        assert torch.equal(topk_select(scores, k, config=config), expected(scores, k))
+
+
+def test_neighbouring_float32_values_are_told_apart():
+    base = torch.full((1, 600), 1.0, device=DEVICE).view(torch.int32)
+    scores = (base + torch.randperm(600, device=DEVICE, dtype=torch.int32)).view(torch.float32)
+    for config in (None, CUT):
+        assert torch.equal(topk_select(scores, 77, config=config), expected(scores, 77))
+
+
+@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+def test_lengths_and_absent_entries(config):
+    scores = torch.randn(5, 500, device=DEVICE)
+    length = torch.tensor([500, 0, 7, 130, 64], device=DEVICE)
+    scores[1] = float("nan")
+    scores[2, 7:] = torch.inf
+    got = topk_select(scores, 64, length=length, config=config)
+    assert torch.equal(got, expected(scores, 64, length))
+
+
+def test_leading_dimensions_and_strides():
+    scores = torch.randn(2, 3, 400, device=DEVICE)[:, :, :300]
+    got = topk_select(scores, 10)
+    assert got.shape == (2, 3, 10)
+    assert torch.equal(got.view(6, 10), expected(scores.reshape(6, 300), 10))
+    wide = torch.randn(2, 400, device=DEVICE)[:, :300]
+    assert torch.equal(topk_select(wide, 10, config=CUT), expected(wide, 10))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ShapeError, match=r"k=9, allowed: 1 .. 8"):
+        topk_select(torch.randn(2, 8), 9)
+    with pytest.raises(ShapeError, match="float64"):
+        topk_select(torch.randn(2, 8).double(), 2)
