@@ -1,4 +1,4 @@
-"""Golden adapters: methods that choose which keys stay (`prompt_select`, `prompt_scores`, `stream`, `model_generate`)."""
+"""Golden adapters of the kv group: methods that choose which keys stay."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def snapkv(config: Config) -> SnapKV:
 
 
 def pyramidkv(config: Config) -> PyramidKV:
-    return PyramidKV(
-        **budget(config), **votes(config), beta=config["beta"], variant=config.get("variant", "original")
-    )
+    return PyramidKV(**budget(config), **votes(config), beta=config["beta"], variant=config.get("variant", "original"))
 
 
 def expected(config: Config) -> ExpectedAttention:

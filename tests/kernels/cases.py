@@ -21,6 +21,12 @@ def decode(n: int, listed: int | None = None, d: int = 128, planned: bool = Fals
     gather_decode(q, k, k, index=index, length=length, **options)
 
 
+def topk(n: int, k: int, dtype: torch.dtype) -> None:
+    from foveate.attention.backends.triton.topk import topk_select
+
+    topk_select(torch.empty(8, n, dtype=dtype), k)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode dense 128k": partial(decode, 131072),
     "decode 4096 of 128k": partial(decode, 131072, 4096),
@@ -30,5 +36,9 @@ CASES: dict[str, Callable[[], None]] = {
     "decode window": partial(decode, 131072, window=4095, sinks=4),
     "decode 4 queries": partial(decode, 131072, 4096, m=4),
     "decode 4096 D64": partial(decode, 131072, 4096, d=64),
+    "topk float32": partial(topk, 131072, 2048, torch.float32),
+    "topk bfloat16": partial(topk, 131072, 2048, BF16),
+    "topk short": partial(topk, 2048, 64, torch.float32),
+    "topk 8192": partial(topk, 8192, 512, torch.float32),
     "decode 4096 D256": partial(decode, 131072, 4096, d=256),
 }

@@ -53,9 +53,15 @@ def resources(kernel, package: Path) -> dict[str, Any]:
         file.flush()
         tool = package / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        path = f"{tool.parent}:{os.environ['PATH']}"
+        sass = subprocess.run(
+            [str(tool), "--dump-sass", file.name], capture_output=True, text=True, env={**os.environ, "PATH": path}
+        ).stdout
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spill_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
         "shared": kernel.metadata.shared,
         "cp_async": ptx.count("cp.async.cg.shared") + ptx.count("cp.async.ca.shared"),
         "wgmma": ptx.count("wgmma.mma_async"),

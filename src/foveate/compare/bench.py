@@ -1,146 +1,174 @@
-"""The microbenchmark: prefill and decode times of methods against the stock model, in one run.
+"""Time to first token, decoding and bytes of methods against the stock model, interleaved in one run.
 
-Prompts are random tokens (methods whose plans depend on the text may read more or less on real text). Repeats go
-round all methods in turn, so that a load that comes and goes meets all of them; figures are medians over repeats.
+Machines are noisy: every round times the stock model and every method once, and what is reported are medians over
+rounds and ratios within the run.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from foveate.compare import breakeven
-from foveate.compare.environment import environment, model_facts
-from foveate.compare.files import document, write_atomic
-from foveate.compare.matrix import Matrix
-from foveate.compare.measure import Measured, Ways, measure, warm_up
-from foveate.compare.results import SCHEMA_VERSION
-from foveate.compare.rows import with_dense
-from foveate.compare.subject import DENSE, Subject, on
-from foveate.errors import OptionError
-from foveate.tasks.base import Example, Turn
+from foveate.hf import apply
+from foveate.hf.compat import cache_keyword, new_dynamic_cache
+from foveate.hf.modules import text_config
 
 
-@dataclass(frozen=True)
+@dataclass
+class Timing:
+    """One method: medians over rounds. Ratios are against the stock model of the same run."""
+
+    method: str
+    ttft_s: float
+    decode_s_per_token: float
+    cache_bytes: int
+    ttft_ratio: float = 1.0
+    decode_speedup: float = 1.0
+    decode_speedup_over_full: float | None = None
+    bytes_ratio_to_full: float | None = None
+
+
+@dataclass
 class Bench:
-    """Times per method and length; `rows` have the speed fields of results.json."""
+    """A benchmark's rows and what it ran on."""
 
+    length: int
     environment: dict[str, Any]
-    model: dict[str, Any]
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]]
-    break_even: list[dict[str, Any]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "environment": self.environment,
-            "model": self.model,
-            "settings": self.settings,
-            "rows": self.rows,
-            "break_even": self.break_even,
-        }
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write the figures; raises ResultsError when they cannot be written."""
-        return write_atomic(Path(path), document(self.as_dict()))
+    rows: list[Timing] = field(default_factory=list)
 
     def table(self) -> Any:
-        """A rich Table: dense first."""
-        from foveate.compare.table import bench_table
+        from rich.table import Table
 
-        return bench_table(self.rows, self.break_even)
+        table = Table(
+            title=f"{self.length} tokens, {self.environment['dtype']}, {self.environment['device']}", box=None
+        )
+        for column in ("method", "first token s", "x stock", "ms/token", "speed-up", "cache MiB"):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for row in self.rows:
+            table.add_row(
+                row.method,
+                f"{row.ttft_s:.2f}",
+                f"{row.ttft_ratio:.2f}",
+                f"{row.decode_s_per_token * 1e3:.1f}",
+                f"{row.decode_speedup:.2f}",
+                f"{row.cache_bytes / 2**20:.1f}",
+            )
+        return table
 
-
-@dataclass(frozen=True)
-class _Speed:
-    """A task that asks nothing."""
-
-    measure: str = "score"
-    turns_share_cache: bool = True
-
-    def score(self, outputs: Sequence[str], example: Example) -> float:
-        return 0.0
-
-
-class _NoText:
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return ""
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write atomically."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = {"length": self.length, "environment": self.environment, "rows": [asdict(row) for row in self.rows]}
+        handle, made = tempfile.mkstemp(dir=target.parent, suffix=".json")
+        with os.fdopen(handle, "w") as file:
+            json.dump(data, file, indent=2)
+            file.write("\n")
+        os.replace(made, target)
 
 
 def bench(
-    model: Any,
-    methods: Sequence[str] = ("full",),
-    length: int | Sequence[int] = 8192,
-    *,
-    steps: int = 32,
-    repeats: int = 3,
+    model: Any, *, methods: list[str], length: int = 8192, rounds: int = 3, tokens: int = 8, progress: bool = True
 ) -> Bench:
-    """Time to first token, decode speed, peak and cache bytes of methods against the stock model.
+    """Time `methods` and the stock model on a random prompt of `length` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, text_config(model).vocab_size, (1, length), generator=generator).to(model.device)
+    names = ["stock", *methods]
+    samples: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
+    from rich.console import Console
+    from rich.progress import Progress
 
-    Args:
-        model: a transformers causal LM.
-        methods: specs; "dense" (the stock model) comes first by itself.
-        length: prompt tokens; several give break-even lengths.
-        steps: decode steps timed per repeat. repeats: rounds over all methods, after one untimed warm-up each.
-    Raises what `apply` raises for methods and models, and OptionError for numbers below 1.
-    """
-    for name, value in (("steps", steps), ("repeats", repeats)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name}={value!r}, allowed: a whole number >= 1")
-    matrix = Matrix.of(methods, ["passkey"], length, 1)
-    subject = Subject.of(model)
-    rows = [row for tokens in matrix.lengths for row in _rows(subject, list(matrix.methods), tokens, steps, repeats)]
-    told = [
-        breakeven.break_even(method, breakeven.points_of(rows, method)).as_dict()
-        for method in matrix.methods
-        if method != DENSE and len(matrix.lengths) > 1
-    ]
-    settings = {"methods": list(matrix.methods), "lengths": list(matrix.lengths), "steps": steps, "repeats": repeats}
-    return Bench(environment(model), model_facts(model), settings, rows, told)
-
-
-def _rows(subject: Subject, methods: list[str], length: int, steps: int, repeats: int) -> list[dict[str, Any]]:
-    vocabulary = subject.model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    # Two tokens at least: the last one stands for the question.
-    example = Example(tuple(ids[:-1]), (Turn(tuple(ids[-1:]), (), 1),), length, 0)
-    ways = Ways(min_decode_tokens=steps)
-    found: dict[str, list[Measured]] = {method: [] for method in methods}
-    for repeat in range(repeats + 1):
-        for method in methods:
-            with on(subject.model, method) as run:
-                if repeat == 0:
-                    warm_up(subject, run, ids)
-                else:
-                    found[method].append(measure(subject, run, _NoText(), _Speed(), example, ways))
-    made = {method: _row(method, length, some) for method, some in found.items()}
-    return [with_dense(row, made[DENSE]) for row in made.values()]
+    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        task = bar.add_task("timing", total=rounds * len(names))
+        for _ in range(rounds):
+            for name in names:
+                samples[name].append(
+                    _stock(model, ids, tokens) if name == "stock" else _method(model, name, ids, tokens)
+                )
+                bar.advance(task)
+    result = Bench(length, environment(model, rounds))
+    for name in names:
+        first, decode, size = zip(*samples[name])
+        result.rows.append(Timing(name, statistics.median(first), statistics.median(decode), size[-1]))
+    _ratios(result.rows)
+    return result
 
 
-def _row(method: str, length: int, some: list[Measured]) -> dict[str, Any]:
-    def middle(name: str) -> float | None:
-        known = [value for each in some if (value := getattr(each, name)) is not None]
-        return median(known) if known else None
+def _ratios(rows: list[Timing]) -> None:
+    stock = rows[0]
+    full = next((row for row in rows if row.method == "full"), None)
+    for row in rows:
+        row.ttft_ratio = row.ttft_s / stock.ttft_s
+        row.decode_speedup = stock.decode_s_per_token / row.decode_s_per_token
+        if full is not None:
+            row.decode_speedup_over_full = full.decode_s_per_token / row.decode_s_per_token
+            row.bytes_ratio_to_full = row.cache_bytes / full.cache_bytes
 
-    figures = some[0].figures
+
+def _stock(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, int]:
+    cache = new_dynamic_cache(text_config(model))
+    first, decode = _time(model, ids, cache, tokens)
+    size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    return first, decode, size
+
+
+def _method(model: Any, method: str, ids: torch.Tensor, tokens: int) -> tuple[float, float, int]:
+    with apply(model, method) as run:
+        first, decode = _time(model, ids, run.new_cache(), tokens)
+        return first, decode, run.stats.cache_bytes
+
+
+def _time(model: Any, ids: torch.Tensor, cache: Any, tokens: int) -> tuple[float, float]:
+    given = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
+    with torch.inference_mode():
+        begin = _now()
+        token = model(ids, **given).logits[:, -1:].argmax(-1)
+        first = _now() - begin
+        steps = []
+        for _ in range(tokens):
+            begin = _now()
+            token = model(token, **given).logits[:, -1:].argmax(-1)
+            steps.append(_now() - begin)
+    return first, statistics.median(steps)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def environment(model: Any, rounds: int) -> dict[str, Any]:
+    """Device, versions, threads, load and date of a benchmark."""
+    import platform
+
+    import transformers
+
+    import foveate
+
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    load = Path("/proc/loadavg")
     return {
-        "method": method,
-        "length": length,
-        "prompt_tokens": length,
-        "ttft_s": middle("ttft_s"),
-        "decode_tokens_per_s": middle("decode_tokens_per_s"),
-        "peak_bytes": middle("peak_bytes"),
-        "cache_bytes": figures.cache_bytes,
-        "density": figures.density,
-        "repeats": [
-            {"ttft_s": each.ttft_s, "decode_tokens_per_s": each.decode_tokens_per_s, "peak_bytes": each.peak_bytes}
-            for each in some
-        ],
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "loadavg": load.read_text().split()[:3] if load.exists() else None,
+        "platform": platform.platform(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "foveate": foveate.__version__,
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

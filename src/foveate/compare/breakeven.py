@@ -60,7 +60,9 @@ def points_of(rows: Sequence[dict[str, Any]], method: str, generated: int = GENE
     """The method's measured requests from rows that have all four speeds."""
     points = []
     for row in rows:
-        speeds = [row.get(name) for name in ("ttft_s", "decode_tokens_per_s", "dense_ttft_s", "dense_decode_tokens_per_s")]
+        speeds = [
+            row.get(name) for name in ("ttft_s", "decode_tokens_per_s", "dense_ttft_s", "dense_decode_tokens_per_s")
+        ]
         if row["method"] == method and row.get("prompt_tokens") and all(speeds):
             ttft, speed, dense_ttft, dense_speed = map(float, speeds)  # type: ignore[arg-type]
             points.append(Point(row["prompt_tokens"], ttft + generated / speed, dense_ttft + generated / dense_speed))

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from foveate.compare.files import compact, make_folder, plain, write_atomic
+from foveate.errors import FoveateError
 from foveate.methods import Method
 from foveate.methods.profile import ModelIdentity
-from foveate.methods.profile import default_folder as profile_folder
-from foveate.registry import card
 
 CELL_VERSION = 1
 
@@ -35,18 +34,21 @@ def example_digest(example: Any) -> str:
 
 
 def profile_digest(method: Method, identity: ModelIdentity) -> str | None:
-    """A hash of the calibration profiles that a method will load; None when it needs none."""
+    """A hash of the calibration profiles that a method finds for a model; None when it needs or finds none."""
+    try:
+        members = method.for_model(identity).members
+    except FoveateError:
+        # `apply` meets the same refusal, and its row says so.
+        return None
+    found = [bound for each in members if (bound := getattr(each, "bound", None)) is not None]
+    if not found:
+        return None
     seen = hashlib.sha256()
-    found = False
-    for part in method.members:
-        kind, given = card(part.registered_name).calibration, getattr(part, "profile", None)
-        if kind is None and given is None:
-            continue
-        found = True
-        folder = Path(given) if given is not None else profile_folder(str(kind), identity)
-        for file in sorted(folder.glob("profile.*")):
-            seen.update(file.read_bytes())
-    return seen.hexdigest()[:16] if found else None
+    for profile in found:
+        for name, tensor in sorted(profile.tensors.items()):
+            seen.update(f"{profile.kind} {name} {list(tensor.shape)}".encode())
+            seen.update(tensor.float().cpu().numpy().tobytes())
+    return seen.hexdigest()[:16]
 
 
 @dataclass

@@ -75,7 +75,9 @@ class Comparison:
         except OSError as error:
             raise ResultsError(f"{place} cannot be read ({error.strerror}); name a results.json") from error
         except ValueError as error:
-            raise ResultsError(f"{place} is damaged ({error}); run the comparison again, it reuses its cells") from error
+            raise ResultsError(
+                f"{place} is damaged ({error}); run the comparison again, it reuses its cells"
+            ) from error
         missing = [part for part in _PARTS if part not in data] if isinstance(data, dict) else list(_PARTS)
         if missing:
             raise ResultsError(f"{place} is no results.json: it lacks {', '.join(missing)}")
@@ -84,4 +86,6 @@ class Comparison:
                 f"{place} has schema version {data['schema_version']}, this foveate reads {SCHEMA_VERSION}; "
                 "run the comparison again"
             )
-        return cls(data["environment"], data["model"], data["settings"], data["rows"], data["break_even"], [], place.parent)
+        return cls(
+            data["environment"], data["model"], data["settings"], data["rows"], data["break_even"], [], place.parent
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from foveate.compare import breakeven
-from foveate.compare.cells import CellStore, digest, example_digest, profile_digest
+from foveate.compare.cells import CellStore, example_digest, profile_digest
 from foveate.compare.environment import (
     device_name,
     environment,
@@ -24,9 +24,11 @@ from foveate.compare.environment import (
 )
 from foveate.compare.matrix import Group, Matrix
 from foveate.compare.measure import Ways, measure, warm_up
+from foveate.compare.memory import quick_collections
 from foveate.compare.progress import showing
 from foveate.compare.results import Comparison
 from foveate.compare.rows import needles_of, refused_row, row_of, with_dense
+from foveate.compare.speed import speeds
 from foveate.compare.subject import DENSE, Subject, on
 from foveate.errors import FoveateError, OptionError
 from foveate.hf.identity import identify
@@ -80,9 +82,9 @@ def compare(
     examples = matrix.examples(tokenizer, model.get_input_embeddings().num_embeddings)
     folder = Path(out)
     runner = Runner(model, tokenizer, matrix, ways, examples, CellStore(folder / "cells"), facts)
-    with _evaluation(model), showing(progress, runner.total) as show:
+    with _evaluation(model), quick_collections(), showing(progress, runner.total) as show:
         rows = runner.run(show)
-        timed = _microbenchmark(model, matrix, extra, show)
+        timed = runner.time_lengths(extra, show) or runner.speeds(rows)
     settings = {
         "methods": list(matrix.methods),
         "tasks": list(matrix.tasks),
@@ -94,7 +96,7 @@ def compare(
         "cells_reused": runner.reused,
     }
     told = [
-        breakeven.break_even(method, breakeven.points_of(timed or runner.speeds(rows), method)).as_dict()
+        breakeven.break_even(method, breakeven.points_of(timed, method)).as_dict()
         for method in matrix.methods
         if method != DENSE
     ]
@@ -114,15 +116,6 @@ def _lengths_of(given: Sequence[int]) -> tuple[int, ...]:
     if not given:
         return ()
     return Matrix.of([], ["passkey"], given, 1).lengths
-
-
-def _microbenchmark(model: Any, matrix: Matrix, lengths: tuple[int, ...], show: Any) -> list[dict[str, Any]]:
-    if not lengths:
-        return []
-    from foveate.compare.bench import bench
-
-    show.say(f"timing prompts of {', '.join(f'{each:,}' for each in lengths)} tokens for the break-even lengths")
-    return bench(model, list(matrix.methods), lengths, steps=16, repeats=1).rows
 
 
 @dataclass
@@ -227,6 +220,13 @@ class Runner:
             self.refusals[group.method] = row["error"]
             show.say(f"{group.method} refused: {row['error']}")
         return row
+
+    def time_lengths(self, lengths: tuple[int, ...], show: Any) -> list[dict[str, Any]]:
+        """The extra microbenchmark for break-even lengths; nothing when none are asked for."""
+        if not lengths:
+            return []
+        show.say(f"timing prompts of {', '.join(f'{each:,}' for each in lengths)} tokens for the break-even lengths")
+        return speeds(self.subject, list(self.matrix.methods), lengths)
 
     def speeds(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows whose decode speed is that of one token at a time."""

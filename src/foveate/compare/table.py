@@ -23,24 +23,46 @@ def comparison_table(rows: Sequence[Row], break_even: Sequence[Mapping[str, Any]
     of a length; bytes and densities are means over them.
     """
     tasks, lengths = _unique(rows, "task"), _unique(rows, "length")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption(rows, break_even), caption_justify="left")
-    table.add_column("method", overflow="fold", min_width=12)
-    if len(lengths) > 1:
-        table.add_column("length", justify="right")
+    table = _table(_caption(rows, break_even))
     for task in tasks:
         perplexity = any(row["perplexity"] is not None for row in rows if row["task"] == task)
-        table.add_column(f"{task}\n(perplexity)" if perplexity else task, justify="right", overflow="fold")
-    for name in ("first token\nspeed-up", "decode\nspeed-up", "cache", "cache\n/ dense", "density"):
+        table.add_column(_heading(task, perplexity), justify="right")
+    for name in ("first\ntoken", "\ndecode", "\ncache", "of\ndense", "\ndensity"):
         table.add_column(name, justify="right", no_wrap=True)
     for length in lengths:
         at_length = [row for row in rows if row["length"] == length]
+        if len(lengths) > 1:
+            table.add_row(Text(f"{length:,} tokens", style="italic"))
         for method in _unique(at_length, "method"):
             own = [row for row in at_length if row["method"] == method]
-            cells = [Text(method, style="bold" if method == DENSE else "")]
-            cells += [Text(f"{length:,}")] if len(lengths) > 1 else []
-            table.add_row(*cells, *_scores(own, tasks), *_costs(own))
+            table.add_row(_name(method), *_scores(own, tasks), *_costs(own), style=_style(method))
         table.add_section()
     return table
+
+
+def _table(caption: Text | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=caption, caption_justify="left")
+    table.add_column("\nmethod", overflow="fold", min_width=16)
+    return table
+
+
+def _name(method: str) -> Text:
+    # A zero-width space lets a long composition break after its signs.
+    return Text("".join(f"{each}\u200b" if each in "+:," else each for each in method))
+
+
+def _style(method: str) -> str:
+    return "bold" if method == DENSE else ""
+
+
+def _heading(task: str, perplexity: bool) -> str:
+    """A task's name in two short lines: options and "perplexity" below, a long name broken at its dash."""
+    name, _, options = task.partition(":")
+    below = "(perplexity)" if perplexity and name != "perplexity" else options
+    if not below and "-" in name:
+        name, below = name.split("-", 1)
+        name += "-"
+    return f"{name}\n{below}" if below else f"\n{name}"
 
 
 def _scores(own: Sequence[Row], tasks: Sequence[str]) -> list[str]:
@@ -63,8 +85,8 @@ def _costs(own: Sequence[Row]) -> list[str]:
     share = ratio(own, "cache_bytes", "dense_cache_bytes")
     density = _mean(row["density"] for row in own)
     return [
-        _number(first, "{:.2f} x"),
-        _number(decode, "{:.2f} x"),
+        _number(first, "{:.2f}x"),
+        _number(decode, "{:.2f}x"),
         size(_mean(row["cache_bytes"] for row in own)),
         _number(share, "{:.2f}"),
         _number(density, "{:.3f}"),
@@ -109,25 +131,3 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def bench_table(rows: Sequence[Row], break_even: Sequence[Mapping[str, Any]]) -> Table:
-    """Seconds and speeds of the microbenchmark, per length and method."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption((), break_even), caption_justify="left")
-    table.add_column("method", overflow="fold", min_width=12)
-    for name in ("length", "first token", "speed-up", "decode", "speed-up", "cache", "cache\n/ dense", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            Text(row["method"], style="bold" if row["method"] == DENSE else ""),
-            f"{row['length']:,}",
-            _number(row["ttft_s"], "{:.2f} s"),
-            _number(ratio([row], "dense_ttft_s", "ttft_s"), "{:.2f} x"),
-            _number(row["decode_tokens_per_s"], "{:.1f} tok/s"),
-            _number(ratio([row], "decode_tokens_per_s", "dense_decode_tokens_per_s"), "{:.2f} x"),
-            size(row["cache_bytes"]),
-            _number(ratio([row], "cache_bytes", "dense_cache_bytes"), "{:.2f}"),
-            size(row["peak_bytes"]),
-            end_section=row is rows[-1] or rows[rows.index(row) + 1]["length"] != row["length"],
-        )
-    return table

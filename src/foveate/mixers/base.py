@@ -215,7 +215,8 @@ class Mixer(Initialised):
         Raises:
             ShapeError, StateError (another mixer's state, another batch size), OptionError (a pattern it lacks).
         """
-        B, N, _ = match(x=(x, f"B N {self.dim}")).values()
+        match(x=(x, f"B N {self.dim}"))
+        B, N, _ = x.shape
         if N == 0:
             raise ShapeError(f"{self.owner}: x {list(x.shape)} has N = 0, allowed: at least one token")
         self._check_pattern(context)

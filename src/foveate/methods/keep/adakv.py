@@ -60,11 +60,11 @@ class AdaKV(WindowVotes):
 
     ragged: ClassVar[bool] = True
 
-    budget: int = option(1024, "keys kept per KV head in the mean over a layer's heads, the window included", at_least=1)
+    budget: int = option(1024, "mean keys kept per KV head of a layer, the window included", at_least=1)
     window: int = option(32, "last queries of the prompt that vote; their own keys always stay", at_least=1)
     kernel: int = option(7, "width over which neighbouring votes are pooled, odd", at_least=1)
     pool: str = option("max", "how neighbouring votes are pooled", one_of=("avg", "max"))
-    base: str | PromptKeep = option(
+    base: str | PromptKeep = option(  # noqa: RUF009 - the default is text
         "snapkv",
         "whose scores: 'snapkv', 'pyramid' or 'expected-attention' (with epsilon 0.01), or a scoring method object "
         "with options of its own (its budget and ratio are replaced by these)",
@@ -90,14 +90,13 @@ class AdaKV(WindowVotes):
         if isinstance(self.base, PromptKeep):
             least = self.base.window + 1 if isinstance(self.base, WindowVotes) else 1
             return replace(self.base, budget=max(self.budget, least), ratio=self.ratio)
-        share: dict[str, Any] = {"budget": self.budget, "ratio": self.ratio}
         if self.base == "expected-attention":
-            return ExpectedAttention(epsilon=0.01, **share)
-        votes = {"window": self.window, "kernel": self.kernel, "pool": self.pool, "reduce": self.reduce}
-        share["budget"] = max(self.budget, self.window + 1)
+            return ExpectedAttention(epsilon=0.01, budget=self.budget, ratio=self.ratio)
+        share: dict[str, Any] = {"budget": max(self.budget, self.window + 1), "ratio": self.ratio}
+        share |= {"window": self.window, "kernel": self.kernel, "pool": self.pool, "reduce": self.reduce}
         if self.base == "pyramid":
-            return PyramidKV(**votes, **share, beta=self.beta, variant=self.variant)
-        return SnapKV(**votes, **share)
+            return PyramidKV(**share, beta=self.beta, variant=self.variant)
+        return SnapKV(**share)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -126,10 +125,10 @@ class AdaKV(WindowVotes):
             return None
         scores, held = self.score(step), step.cache.positions
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        for row in range(len(rows)):
+        for row, own in enumerate(scores):
             # A prompt's padding is the same for all heads.
-            real = torch.arange(scores.shape[-1]) if held is None else (held[row, 0] >= 0).nonzero()[:, 0]
-            mask[row, :, real] = self.chosen(scores[row, :, real], step.layer, step.layers)
+            real = slice(None) if held is None else held[row, 0] >= 0
+            mask[row][:, real] = self.chosen(own[:, real], step.layer, step.layers)
         return KeepRagged(mask)
 
     def spares(self, tokens: int) -> bool:

@@ -73,7 +73,7 @@ class Ring:
 )
 @dataclass(frozen=True, kw_only=True)
 class Duo(Calibrated):
-    """Retrieval heads keep all keys; streaming heads keep sinks and a sliding window; calibrated gates tell them apart."""
+    """Retrieval heads keep all keys; streaming heads keep a sliding window; calibrated gates tell them apart."""
 
     evicts: ClassVar[bool] = True
     ragged: ClassVar[bool] = True

@@ -114,6 +114,3 @@ def mass(step: Step) -> Tensor:
     """Weight each slot receives from this step's queries, summed over them and the query group: [B, Hkv, N]."""
     total = column_mass(step.q, step.k, scale=step.scale, positions=step.positions, window=step.window)
     return by_group(total, step.kv_heads, "sum")
-
-
-

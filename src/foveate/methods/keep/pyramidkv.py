@@ -47,7 +47,7 @@ class PyramidKV(WindowVotes):
     """Keeps the prompt keys that the last prompt queries attend to: many in the first layers, few in the last."""
 
     budget: int = option(1024, "keys kept per KV head in the mean over layers, the window included", at_least=1)
-    beta: int = option(20, "how steep: the last layer keeps a share 1 / beta of the mean, besides the window", at_least=1)
+    beta: int = option(20, "how steep: the last layer keeps 1 / beta of the mean, besides the window", at_least=1)
     variant: str = option("original", "how layer budgets are counted", one_of=("original", "kvpress"))
 
     def check(self) -> None:

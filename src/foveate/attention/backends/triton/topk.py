@@ -214,12 +214,12 @@ def single_kernel(SCORES, LENGTH, OUT, stride, n, k, BITS: tl.constexpr, BLOCK: 
     prefix = tl.full([], 0, tl.int32)
     need = tl.minimum(k, n)
     for step in tl.static_range(BITS // 8):
-        SHIFT: tl.constexpr = BITS - 8 - 8 * step
-        same = inside & (_above(key, SHIFT, BITS) == prefix)
-        chosen, above = _choose(tl.histogram(_digit(key, SHIFT), 256, mask=same), need)
+        same = inside & (_above(key, BITS - 8 - 8 * step, BITS) == prefix)
+        chosen, above = _choose(tl.histogram(_digit(key, BITS - 8 - 8 * step), 256, mask=same), need)
         prefix = (prefix << 8) | chosen
         need -= above
-    _write(scores, out, 0, n, prefix, need, 0, 0, BITS, BLOCK)
+    none = tl.full([], 0, tl.int32)
+    _write(scores, out, 0, n, prefix, need, none, none, BITS, BLOCK)
     if LENGTH is not None:
         for start in range(0, k, BLOCK):
             place = start + tl.arange(0, BLOCK)
@@ -251,9 +251,8 @@ def topk_select(
     bits = 8 * scores.element_size()
     if N <= configs.TOPK_SINGLE and config is None:
         block = runtime.power_of_two(N, 128)
-        single_kernel[(R,)](
-            scores, length, out, scores.stride(0), N, k, BITS=bits, BLOCK=block, num_warps=8 if block > 1024 else 4
-        )
+        warps = 16 if block > 4096 else 8 if block > 1024 else 4
+        single_kernel[(R,)](scores, length, out, scores.stride(0), N, k, BITS=bits, BLOCK=block, num_warps=warps)
         return out.view(*shape, k)
     config = config or configs.TOPK
     blocks = triton.cdiv(N, config.block)
