@@ -70,7 +70,7 @@ class Option:
     default: Any
     help: str
     bounds: Bounds = Bounds()
-    accepts: tuple[type, ...] = ()
+    accepts: tuple[Any, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -138,7 +138,7 @@ def options_of(target: type) -> tuple[Option, ...]:
             for field in dataclasses.fields(target)
             if field.init
         )
-    constructor: Any = target.__init__
+    constructor: Any = inspect.getattr_static(target, "__init__")
     hints = typing.get_type_hints(constructor)
     return tuple(
         Option(

@@ -166,7 +166,7 @@ def test_sink_softcap_and_log_weight():
     q, k, v = draw(M=2, N=140, size=2.0)
     sink, log_weight = torch.randn(4, device=DEVICE), torch.randn(1, 2, 140, device=DEVICE)
     counts = causal_counts(1, 4, 2, 140)
-    options = dict(sink=sink, softcap=5.0, log_weight=log_weight, scale=0.3)
+    options = {"sink": sink, "softcap": 5.0, "log_weight": log_weight, "scale": 0.3}
     for splits in (1, 4):
         check(gather_decode(q, k, v, num_splits=splits, **options), attention(q, k, v, counts, **options))
 
@@ -205,7 +205,7 @@ def test_strided_and_expanded_inputs():
 
 def test_large_scores_and_repeatability():
     q, k, v = draw(N=200, size=1.0)
-    options = dict(scale=60 / (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).abs().max().item())
+    options = {"scale": 60 / (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).abs().max().item()}
     got = gather_decode(q, k, v, **options)
     check(got, attention(q, k, v, causal_counts(1, 4, 1, 200), **options))
     again = gather_decode(q, k, v, **options)

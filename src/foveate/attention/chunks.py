@@ -127,29 +127,28 @@ class Chunks:
         y = y.unflatten(0, (steps, self.batch)).transpose(0, 1).flatten(1, 2)
         return y[:, : self.length].contiguous()
 
-    def walk(self, state: State, advance: Callable[[slice, State], State]) -> tuple[State, State]:
-        """Carry a state through the chunks.
+    def walk(self, state: State, advance: Callable[[slice, State], State]) -> State:
+        """Carry a state through the chunks, step by step.
 
         Args:
             state: tensors [N, ...], one row per sequence, in the caller's order.
             advance: (rows, state before them) -> state after them; `rows` is a slice of the R rows.
         Returns:
-            the states before every chunk [R, ...], and the final states [N, ...] in the caller's order.
+            the final states [N, ...] in the caller's order.
         """
         if self.order is not None:
             state = tuple(each[self.order] for each in state)
-        before: list[State] = []
         finished: list[State] = []
         row = 0
         for count in self.counts:
             if count < state[0].shape[0]:
                 finished.append(tuple(each[count:] for each in state))
                 state = tuple(each[:count] for each in state)
-            before.append(state)
             state = advance(slice(row, row + count), state)
             row += count
-        final = tuple(torch.cat(parts) for parts in zip(state, *reversed(finished)))
-        if self.order is not None:
-            back = self.order.argsort()
-            final = tuple(each[back] for each in final)
-        return tuple(torch.cat(parts) for parts in zip(*before)), final
+        if finished:
+            state = tuple(torch.cat(parts) for parts in zip(state, *reversed(finished)))
+        if self.order is None:
+            return state
+        back = self.order.argsort()
+        return tuple(each[back] for each in state)

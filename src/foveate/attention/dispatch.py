@@ -94,7 +94,7 @@ def choose(call: Call, backend: str = "auto") -> Choice:
         if reason is not None:
             raise BackendError(f"backend={backend!r} cannot run this call: {reason}; use backend='auto'")
         return Choice(backend)
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for name in PREFERENCE.get(call.q.device.type, ("torch", "reference")):
         if name not in BACKENDS:
             continue

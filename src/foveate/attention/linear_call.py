@@ -48,9 +48,9 @@ class LinearCall:
         return self.sequences, self.v.shape[2], self.q.shape[-1], V
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q (scaled), k [B, T, HV, K] and v [B, T, HV, V] in the computing dtype, one q/k head per value head.
+        """q, k [B, T, HV, K] and v [B, T, HV, V] in the computing dtype, one q/k head per value head.
 
-        With `normalize`, v has a last column of ones, which gathers the sum of k.
+        With `normalize`, v has a last column of ones, which gathers the sum of k. `scale` is left to the backend.
         """
         q, k, v = (each.to(self.dtype) for each in (self.q, self.k, self.v))
         if self.qk_l2norm:
@@ -60,7 +60,7 @@ class LinearCall:
             q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
         if self.normalize:
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        return (q if self.scale == 1 else q * self.scale), k, v
+        return q, k, v
 
     def decay(self) -> Tensor | None:
         """g with its token axis: None, [B, T, HV] or [B, T, HV, K]."""

@@ -75,11 +75,15 @@ def _carried_scan(
     cut = tuple(chunks.split(leaf, fill) for leaf, fill in zip(leaves, identity))
     inside = semiring_scan(cut, op, identity, 1)
 
+    before: list[State] = []
+
     def advance(rows: slice, state: State) -> State:
+        before.append(state)
         return op(state, tuple(each[rows, -1] for each in inside))
 
-    before, final = chunks.walk(start, advance)
-    whole = op(tuple(each.unsqueeze(1) for each in before), inside)
+    final = chunks.walk(start, advance)
+    carried = tuple(torch.cat(parts).unsqueeze(1) for parts in zip(*before))
+    whole = op(carried, inside)
     return tuple(chunks.join(each) for each in whole), final
 
 

@@ -107,7 +107,7 @@ def load_model(name: str | None = None, *, dtype: str = "float32", device: str |
             f"no model could be loaded from {where!r} ({str(error).splitlines()[0]}); give a folder with config.json, "
             "a hub name, or nothing for the bundled model"
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(torch.device(device)).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def default_model(*, dtype: str = "float32", device: str | None = None) -> tuple[Any, Any]:

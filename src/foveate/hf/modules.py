@@ -42,7 +42,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             f"{type(model).__name__} declares no attention modules with a layer index "
             "(`_can_record_outputs['attentions']`), so foveate does not know where to act"
         )
-    return sorted(modules, key=lambda each: each.layer_idx)
+    return sorted(modules, key=lambda each: int(each.layer_idx))  # type: ignore[arg-type]
 
 
 def _declared(model: nn.Module) -> list[type]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Self
 
@@ -34,19 +34,17 @@ class MixerState:
 
     owner: the mixer it belongs to, see `Mixer.owner`.
     position: [B] int64, the position of each row's next token.
+    auxiliary_loss: a scalar that training adds to the loss, of the call that returned this state; None for most
+        mixers. It belongs to no row: it has no bytes, and whatever moves rows drops it.
     """
 
     owner: str
     position: Tensor
+    auxiliary_loss: Tensor | None = field(default=None, metadata={"per_call": True})
 
     @property
     def batch(self) -> int:
         return self.position.shape[0]
-
-    @property
-    def auxiliary_loss(self) -> Tensor | None:
-        """A scalar that training adds to the loss; None for most mixers."""
-        return None
 
     def bytes(self) -> int:
         """Bytes of all tensors."""
@@ -89,12 +87,17 @@ class MixerState:
             )
 
 
+def _fields(value: Any) -> dict[str, Any]:
+    """What a dataclass holds by name; what belongs to one call is None."""
+    found = dataclasses.fields(value)
+    return {each.name: None if each.metadata.get("per_call") else getattr(value, each.name) for each in found}
+
+
 def _tensors(value: Any) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+        yield from _tensors(tuple(_fields(value).values()))
     elif isinstance(value, tuple):
         for each in value:
             yield from _tensors(each)
@@ -104,8 +107,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: _mapped(getattr(value, name), change) for name in names})
+        return dataclasses.replace(value, **{name: _mapped(each, change) for name, each in _fields(value).items()})
     if isinstance(value, tuple):
         return tuple(_mapped(each, change) for each in value)
     return value
@@ -116,9 +118,8 @@ def _concatenate(values: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(list(values))
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first)]
-        changes = {name: _concatenate([getattr(each, name) for each in values]) for name in names}
-        return dataclasses.replace(first, **changes)
+        held = [_fields(each) for each in values]
+        return dataclasses.replace(first, **{name: _concatenate([each[name] for each in held]) for name in held[0]})
     if isinstance(first, tuple):
         return tuple(_concatenate(each) for each in zip(*values, strict=True))
     if any(each != first for each in values[1:]):
@@ -150,18 +151,15 @@ class Mixer(Initialised):
     Class attributes:
         patterns: what it can be used for, out of PATTERNS. Non-causal use needs an option `causal=False`, or a mixer
             that is never causal (`causal = False` on the class).
-        constant_state: whether the state stops growing with the length.
+        constant_state: whether the state stops growing with the length (an option may change it for an instance).
         packs: whether `mix` takes packed sequences; otherwise they are run one by one.
         shared: names of parameters that all layers of this mixer in one model share.
-        undecayed: names of its own parameters that weight decay leaves alone (those with fewer than two axes always
-            are).
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"causal-self"})
-    constant_state: ClassVar[bool] = True
+    constant_state: bool = True
     packs: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ()
-    undecayed: ClassVar[tuple[str, ...]] = ()
     causal: bool = True
 
     def __init__(self, *, dim: int, layer: int = 0, layers: int = 1, heads: int = 4) -> None:

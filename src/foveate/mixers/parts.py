@@ -12,19 +12,22 @@ from foveate.mixers.base import Initialised, exact
 
 class RMSNorm(Initialised):
     """x / sqrt(mean(x^2) + eps) over the last axis, times a learned gain; in float32 (float64 for float64), then x's
-    dtype. `gain=False`: without gain."""
+    dtype.
 
-    def __init__(self, dim: int, eps: float = 1e-6, *, gain: bool = True) -> None:
+    gain: whether there is one.    groups: norm each of so many equal parts of the last axis alone.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, *, gain: bool = True, groups: int = 1) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
 
     def initial_values(self) -> dict[str, Tensor]:
         return {} if self.weight is None else {"weight": torch.ones_like(self.weight)}
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(exact(x))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        parts = x.to(exact(x)).unflatten(-1, (self.groups, -1))
+        wide = (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
         if self.weight is not None:
             wide = wide * self.weight.to(wide.dtype)
         return wide.to(x.dtype)
@@ -33,8 +36,8 @@ class RMSNorm(Initialised):
 class GatedRMSNorm(RMSNorm):
     """RMSNorm(x) * silu(gate), or with `gate_first` RMSNorm(x * silu(gate)) (Mamba-2)."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, gate_first: bool = False) -> None:
-        super().__init__(dim, eps)
+    def __init__(self, dim: int, eps: float = 1e-5, *, gate_first: bool = False, groups: int = 1) -> None:
+        super().__init__(dim, eps, groups=groups)
         self.gate_first = gate_first
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
@@ -69,6 +72,4 @@ class ShortConvolution(Initialised):
 
     def forward(self, x: Tensor, cache: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, N, C] and the cache [R, W - 1, C] of the tokens before -> y [B, N, C] and the cache after."""
-        return causal_conv(
-            x, self.weight, self.bias, activation=self.activation, cache=cache, cu_seqlens=cu_seqlens
-        )
+        return causal_conv(x, self.weight, self.bias, activation=self.activation, cache=cache, cu_seqlens=cu_seqlens)

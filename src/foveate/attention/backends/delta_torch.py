@@ -14,14 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.attention.backends.linear_decays import Decay
+from foveate.attention.backends.linear_decays import Decay, multiply_add
 from foveate.attention.chunks import Chunks
 
 
 def scan(
-    chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, start: Tensor
-) -> tuple[Tensor, Tensor]:
-    """q, k [R, HV, C, K], v [R, HV, C, V], beta [R, HV, C], start [N, HV, K, V] -> o [R, HV, C, V], final state."""
+    chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, scale: float, start: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The outputs [n, HV, C, V] of every step, and the final state.
+
+    q, k [R, HV, C, K], v [R, HV, C, V], beta [R, HV, C], start [N, HV, K, V].
+    """
     beta = beta.unsqueeze(-1)
     L = decay.scores(beta * k, k)
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
@@ -29,15 +32,15 @@ def scan(
     T = torch.linalg.solve_triangular(L, identity, upper=False, unitriangular=True)
     U = T @ (beta * v)
     W = T @ decay.since_start(beta * k)
-    keys = decay.to_end(k).transpose(-1, -2)
-    written: list[Tensor] = []
+    scores = decay.scores(q, k)
+    queries, keys = decay.since_start(q), decay.to_end(k).transpose(-1, -2)
+    outputs: list[Tensor] = []
 
     def advance(rows: slice, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (S,) = state
-        N = U[rows] - W[rows] @ S
-        written.append(N)
-        return (decay.over(S, rows) + keys[rows] @ N,)
+        N = multiply_add(U[rows], W[rows], S, alpha=-1)
+        outputs.append(multiply_add(scores[rows] @ N, queries[rows], S, beta=scale, alpha=scale))
+        return (multiply_add(decay.over(S, rows), keys[rows], N),)
 
-    (before,), (final,) = chunks.walk((start,), advance)
-    o = decay.scores(q, k) @ torch.cat(written) + decay.since_start(q) @ before
-    return o, final
+    (final,) = chunks.walk((start,), advance)
+    return outputs, final

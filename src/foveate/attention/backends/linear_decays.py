@@ -7,7 +7,7 @@ With G_i = sum of g_j over j <= i in the chunk (inclusive) and L its last slot, 
     to_end(x)      row i of x times exp(G_L - G_i)
     over(S, rows)  exp(G_L) S: a state carried over the chunks `rows`
 
-G and its differences are float64: in float32 a chunk of strong decays would lose the weak ones after it.
+Differences of G are taken in float64: in float32 a chunk of strong decays would lose the weak ones after it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ScalarDecay:
         later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
         # Masked before exp: above the diagonal the difference is positive and may overflow.
         between = (G.unsqueeze(-1) - G.unsqueeze(-2)).to(dtype)
-        self.between = between.masked_fill(later, -torch.inf).exp()
+        self.between = between.masked_fill_(later, -torch.inf).exp_()
         self.from_start = G.unsqueeze(-1).to(dtype).exp()
         self.until_end = (G[..., -1:] - G).unsqueeze(-1).to(dtype).exp()
         self.whole = G[..., -1:, None].to(dtype).exp()
@@ -65,25 +65,28 @@ class VectorDecay:
 
     exp(G_i - G_j) differs per channel, so it must be split over both factors of the product, and exp(-G) alone would
     overflow. Halve the chunk again and again: where row i lies in the upper half of a block and j in its lower half,
-    the last slot of the lower half is a reference between them,
-        exp(G_i - G_j) = exp(G_i - G_ref) exp(G_ref - G_j),
+    the border between them is a reference,
+        exp(G_i - G_j) = exp(sum of g from the border to i) exp(sum of g after j to the border),
     and both exponents are <= 0. log2(C) levels of batched products cover the triangle, the diagonal has no decay.
+    The sums grow with the blocks and are never differences, so they are exact to rounding in any dtype.
     """
 
     def __init__(self, g: Tensor, dtype: torch.dtype) -> None:
-        G = g.double().clamp(min=LOWEST).cumsum(-2)
+        # Per block of the level: sum from its start to i, and from after i to its end.
+        prefix = g.to(dtype).clamp(min=LOWEST)
+        suffix = torch.zeros_like(prefix)
         self.levels: list[tuple[Tensor, Tensor]] = []
         half = 1
-        while 2 * half <= G.shape[-2]:
-            blocks = G.unflatten(-2, (-1, 2, half))
-            lower, upper = blocks[..., 0, :, :], blocks[..., 1, :, :]
-            reference = lower[..., -1:, :]
-            self.levels.append(((upper - reference).to(dtype).exp(), (reference - lower).to(dtype).exp()))
+        while 2 * half <= g.shape[-2]:
+            lower, upper = prefix.unflatten(-2, (-1, 2, half)).unbind(-3)
+            after_lower, after_upper = suffix.unflatten(-2, (-1, 2, half)).unbind(-3)
+            self.levels.append((upper.exp(), after_lower.exp()))
+            prefix = torch.cat([lower, upper + lower[..., -1:, :]], -2).flatten(-3, -2)
+            suffix = torch.cat([after_lower + upper[..., -1:, :], after_upper], -2).flatten(-3, -2)
             half *= 2
-        last = G[..., -1:, :]
-        self.from_start = G.to(dtype).exp()
-        self.until_end = (last - G).to(dtype).exp()
-        self.whole = last.to(dtype).exp().transpose(-1, -2)
+        self.from_start = prefix.exp()
+        self.until_end = suffix.exp()
+        self.whole = self.from_start[..., -1:, :].transpose(-1, -2)
 
     def scores(self, a: Tensor, k: Tensor) -> Tensor:
         block = (a * k).sum(-1)[..., None, None]
@@ -117,3 +120,9 @@ def make_decay(g: Tensor | None, dtype: torch.dtype) -> Decay:
     if g is None:
         return NoDecay()
     return ScalarDecay(g, dtype) if g.dim() == 3 else VectorDecay(g, dtype)
+
+
+def multiply_add(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta c + alpha a @ b in one pass, for [n, HV, ., .]."""
+    flat = (each.flatten(0, 1) for each in (c, a, b))
+    return torch.baddbmm(*flat, beta=beta, alpha=alpha).unflatten(0, c.shape[:2])

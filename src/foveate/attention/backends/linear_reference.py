@@ -27,6 +27,7 @@ def scan(call: LinearCall) -> tuple[Tensor, Tensor | None]:
     """o [B, T, HV, V] in q's dtype, and the final state or None."""
     with torch.autocast(call.q.device.type, enabled=False):
         q, k, v = call.operands()
+        q = q * call.scale
         start = call.start()
         if call.offsets is None:
             outputs, final = _recurrence(call, q, k, v, range(q.shape[1]), start)

@@ -4,8 +4,11 @@ With the rows of a chunk as matrices Q, K, V, the state S before it, and decays 
 
     O = (exp(G) Q) S + (scores of Q and K) V        S <- exp(G_L) S + (exp(G_L - G) K)^T V
 
-Products inside chunks are batched over all heads and chunks; only S <- decay S + update runs in a loop, of T / C
-steps. Cost per head: 2 T (C K + C V + 2 K V) FLOPs; memory O(T / C K V + T C). Half precision is computed in float32.
+Scores and their product with V are batched over all heads and chunks. What touches S goes through a loop of T / C
+steps, batched over heads and sequences: one chunk's rows and state stay in the processor's cache, and without
+gradients no state but the last is kept.
+Cost per head: 2 T (C K + C V + 2 K V) FLOPs; memory O(T C), with gradients O(T / C K V) more. Half precision is
+computed in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention.backends import delta_torch
-from foveate.attention.backends.linear_decays import Decay, make_decay
+from foveate.attention.backends.linear_decays import Decay, make_decay, multiply_add
 from foveate.attention.chunks import Chunks
 from foveate.attention.linear_call import LinearCall
 
@@ -35,26 +38,28 @@ def scan(call: LinearCall) -> tuple[Tensor, Tensor | None]:
         g = call.decay()
         decay = make_decay(None if g is None else split(g), call.dtype)
         if call.beta is None:
-            o, final = _outer_products(chunks, q, k, v, decay, call.start())
+            outputs, final = _outer_products(chunks, q, k, v, decay, call.scale, call.start())
         else:
             beta = split(call.beta.to(call.dtype))
-            o, final = delta_torch.scan(chunks, q, k, v, beta, decay, call.start())
-        o = call.output(chunks.join(o.transpose(1, 2)))
-        return o, (final if call.output_final_state else None)
+            outputs, final = delta_torch.scan(chunks, q, k, v, beta, decay, call.scale, call.start())
+        o = torch.cat([each.transpose(1, 2) for each in outputs])
+        return call.output(chunks.join(o)), (final if call.output_final_state else None)
 
 
 def _outer_products(
-    chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, decay: Decay, start: Tensor
-) -> tuple[Tensor, Tensor]:
-    updates = decay.to_end(k).transpose(-1, -2) @ v
+    chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float, start: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    inside = decay.scores(q, k) @ v
+    queries, keys = decay.since_start(q), decay.to_end(k).transpose(-1, -2)
+    outputs: list[Tensor] = []
 
     def advance(rows: slice, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (decay.over(state[0], rows) + updates[rows],)
+        (S,) = state
+        outputs.append(multiply_add(inside[rows], queries[rows], S, beta=scale, alpha=scale))
+        return (multiply_add(decay.over(S, rows), keys[rows], v[rows]),)
 
-    (before,), (final,) = chunks.walk((start,), advance)
-    inside = decay.scores(q, k) @ v
-    o = torch.baddbmm(inside.flatten(0, 1), decay.since_start(q).flatten(0, 1), before.flatten(0, 1))
-    return o.unflatten(0, q.shape[:2]), final
+    (final,) = chunks.walk((start,), advance)
+    return outputs, final
 
 
 def step(call: LinearCall) -> tuple[Tensor, Tensor | None]:
@@ -69,4 +74,4 @@ def step(call: LinearCall) -> tuple[Tensor, Tensor | None]:
         if call.beta is not None:
             v = call.beta[:, 0].to(S.dtype).unsqueeze(-1) * (v - (k.unsqueeze(-2) @ S).squeeze(-2))
         S = S + k.unsqueeze(-1) * v.unsqueeze(-2)
-        return call.output((q.unsqueeze(-2) @ S).squeeze(-2)[:, None]), S
+        return call.output(call.scale * (q.unsqueeze(-2) @ S).squeeze(-2)[:, None]), S

@@ -104,7 +104,7 @@ class SoftmaxMixer(Mixer):
         self.require(window is None or window >= 0, f"window={window}, allowed: >= 0")
         self.require(window is None or causal, "window with causal=False, allowed: causal=True")
         self.require(rope_base > 0, f"rope_base={rope_base}, allowed: > 0")
-        self.window, self.causal = window, causal
+        self.window, self.causal, self.constant_state = window, causal, window is not None
         self.rope = Rope(self.head_dim, rope_base) if rotary else None
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)

@@ -93,7 +93,7 @@ def histogram_kernel(
     n = _row_length(LENGTH, row, n)
     prefix = tl.full([], 0, tl.int32)
     if STEP > 0:
-        prefix, need = _advance(LAST, STATE, LARGER, row, c, n, k, chunks, STEP, CHUNKS)
+        prefix, _need = _advance(LAST, STATE, LARGER, row, c, n, k, chunks, STEP, CHUNKS)
     counts = tl.zeros([256], tl.int32)
     lo = c * chunk
     base = SCORES + row.to(tl.int64) * stride

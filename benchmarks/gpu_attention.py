@@ -1,0 +1,440 @@
+"""Softmax attention kernels on one GPU: correct first, then timed beside the public ones, in one run.
+
+    python benchmarks/gpu_attention.py [--only decode,topk] [--quick]
+
+Every candidate configuration is checked against float64 on the timed inputs before it is timed; a FAIL is printed
+and has no time. Times are medians of CUDA-graph replays; a graph holds several calls, each on inputs of its own whose
+sum exceeds the L2 cache where that matters (decode), so that nothing is read from cache that would not be there.
+Writes $OUT/gpu_attention.json (benchmarks/results/ when OUT is unset).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+ROWS: list[dict] = []
+GATES = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+
+
+# Timing.
+
+
+def graph_time(call: Callable[[int], object], calls: int, reps: int = 20) -> tuple[float, float, float]:
+    """Microseconds per call: 20, 50 and 80 % quantiles over replays of a graph of `calls` calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(min(2, calls)):
+            call(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    kept = []
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            kept.append(call(i))
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(reps):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
+    return tuple(statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+
+
+def event_time(call: Callable[[], object], reps: int = 5) -> tuple[float, float, float]:
+    """Microseconds per eager call, for calls of a millisecond and more."""
+    call()
+    times = []
+    for _ in range(reps):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    times.sort()
+    return times[0], times[len(times) // 2], times[-1]
+
+
+def host_time(call: Callable[[], object], reps: int = 100) -> float:
+    """Microseconds of host work per eager call."""
+    call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(reps):
+        call()
+    spent = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return spent / reps * 1e6
+
+
+def error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    value = ((out.double() - ref).norm() / ref.norm().clamp_min(1e-300)).item()
+    return value if value == value else float("inf")
+
+
+def row(part: str, what: str, quantiles, floor: float | None = None, **facts) -> None:
+    low, mid, high = quantiles
+    ROWS.append({"part": part, "what": what, "us": mid, "us20": low, "us80": high, "floor_us": floor, **facts})
+    shown = "  ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in facts.items()
+    )
+    print(f"{part:8s} {what:64s} {mid:10.2f} us  [{low:.2f} {high:.2f}]  {shown}", flush=True)
+
+
+def failed(part: str, what: str, why: str) -> None:
+    ROWS.append({"part": part, "what": what, "us": None, "failed": why})
+    print(f"{part:8s} {what:64s} FAIL {why}", flush=True)
+
+
+def attempt(
+    part: str, what: str, check: Callable[[], dict], timing: Callable[[], tuple], floor=None, **facts
+) -> float | None:
+    """Check, then time. `check` returns facts with "error" and raises AssertionError when they miss the gate."""
+    try:
+        found = check()
+        quantiles = timing()
+    except AssertionError as problem:
+        failed(part, what, f"incorrect: {problem}")
+    except Exception as problem:
+        failed(part, what, f"{type(problem).__name__}: {str(problem)[:300]}")
+        traceback.print_exc(limit=3)
+    else:
+        row(part, what, quantiles, floor, **found, **facts)
+        return quantiles[1]
+    return None
+
+
+def best_of(part: str, name: str, candidates: dict[str, tuple[Callable, Callable]], floor=None) -> str | None:
+    times = {}
+    for label, (check, timing) in candidates.items():
+        spent = attempt(part, f"{name} | {label}", check, timing, floor)
+        if spent is not None:
+            times[label] = spent
+    if not times:
+        return None
+    best = min(times, key=times.__getitem__)
+    print(f"{part:8s} BEST {name}: {best} = {times[best]:.2f} us" + (f" (bytes alone {floor:.2f})" if floor else ""))
+    return best
+
+
+def copy_bandwidth() -> float:
+    """Bytes per microsecond of a device copy, read and written."""
+    x = torch.randn(1 << 30, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() * 4 / event_time(lambda: y.copy_(x))[1]
+
+
+# Decode.
+
+
+def attention64(q, k, v, index=None):
+    """o and lse in float64, one KV head at a time. q [1, Hq, M, D]; index [1, Hkv, K]."""
+    G = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    for h in range(k.shape[1]):
+        kh, vh = (x[0, h] if index is None else x[0, h][index[0, h].long()] for x in (k, v))
+        qh = q[0, h * G : (h + 1) * G].double()
+        scores = qh @ kh.double().T * q.shape[-1] ** -0.5
+        if index is None and q.shape[2] > 1:
+            m, n = q.shape[2], kh.shape[0]
+            late = torch.arange(n, device=q.device)[None] > torch.arange(n - m, n, device=q.device)[:, None]
+            scores = scores.masked_fill(late, -torch.inf)
+        outs.append(scores.softmax(-1) @ vh.double())
+        lses.append(scores.logsumexp(-1))
+    return torch.stack(outs).flatten(0, 1)[None], torch.stack(lses).flatten(0, 1)[None]
+
+
+def checked(run: Callable[[], tuple], ref, dtype) -> Callable[[], dict]:
+    def check() -> dict:
+        o, lse = run()
+        found = {"error": error(o, ref[0])}
+        assert found["error"] <= GATES[dtype], f"error {found['error']:.3g} > {GATES[dtype]}"
+        if lse is not None:
+            found["lse_error"] = (lse.double() - ref[1]).abs().max().item()
+            assert found["lse_error"] <= 2e-3, f"lse off by {found['lse_error']:.3g}"
+        return found
+
+    return check
+
+
+def decode_correctness() -> None:
+    """Shapes besides the timed ones, at the shipped configurations."""
+    from foveate.attention.backends.triton.gather_decode import gather_decode
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for D in (64, 128, 256):
+            for N, M, Hq, Hkv in ((1, 1, 8, 8), (1000, 1, 24, 8), (4097, 4, 32, 4), (20000, 16, 8, 1)):
+                q = torch.randn(1, Hq, M, D, device="cuda").to(dtype)
+                k, v = torch.randn(2, 1, Hkv, N, D, device="cuda").to(dtype)
+                index = torch.randint(0, N, (1, Hkv, min(N, 777)), device="cuda") if M == 1 else None
+                for what, each in (("dense", None), ("tokens", index)):
+                    if what == "tokens" and index is None:
+                        continue
+                    name = f"{what} {dtype} D{D} N{N} M{M} {Hq}/{Hkv}"
+                    try:
+                        checked(lambda: gather_decode(q, k, v, index=each), attention64(q, k, v, each), dtype)()
+                    except Exception as problem:
+                        failed("decode", name, str(problem)[:200])
+    print("decode   correctness over shapes: done (failures above, if any)")
+
+
+DECODE_CANDIDATES = [
+    # block_n, num_warps, num_stages, per_sm
+    (64, 4, 3, 2), (64, 4, 3, 3), (64, 4, 2, 4), (64, 4, 4, 2), (64, 2, 3, 3), (64, 8, 3, 2),
+    (32, 4, 4, 4), (32, 2, 4, 4), (32, 4, 3, 6), (128, 4, 2, 2), (128, 8, 2, 2), (128, 4, 3, 1), (128, 8, 3, 1),
+]  # fmt: skip
+
+
+def decode_part(bandwidth: float, quick: bool) -> None:
+    from foveate.attention.backends.triton import configs, runtime
+    from foveate.attention.backends.triton.gather_decode import gather_decode
+
+    decode_correctness()
+    N, Hq, Hkv, D, dtype = 131072, 32, 8, 128, torch.bfloat16
+    q = torch.randn(1, Hq, 1, D, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, 1, Hkv, N, D, device="cuda", dtype=dtype)
+    folded = q.view(1, Hkv, Hq // Hkv, D)
+    candidates = [configs.DecodeConfig(*each) for each in DECODE_CANDIDATES[: 4 if quick else None]]
+
+    # Dense.
+    ref = attention64(q, k, v)
+    floor = 2 * k.numel() * 2 / bandwidth
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+
+        def run(backend=backend):
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v, enable_gqa=True), None
+
+        attempt(
+            "decode",
+            f"dense 128k | torch {backend.name}",
+            checked(run, ref, dtype),
+            lambda: graph_time(lambda i: run(), 4),
+            floor,
+        )
+    best_of(
+        "decode",
+        "dense 128k",
+        {
+            str(c): (
+                checked(lambda c=c: gather_decode(q, k, v, config=c), ref, dtype),
+                lambda c=c: graph_time(lambda i: gather_decode(q, k, v, config=c), 4),
+            )
+            for c in candidates
+        },
+        floor,
+    )
+
+    # Listed. Sixteen lists: 16 x 16.8 MB at 4096 keys, several times the cache.
+    for K in (4096, 1024):
+        lists = [
+            torch.stack([torch.randperm(N, device="cuda")[:K].sort().values for _ in range(Hkv)])[None].to(torch.int32)
+            for _ in range(16 if K > 2000 else 48)
+        ]
+        ref = attention64(q, k, v, lists[0])
+        floor = 2 * Hkv * K * D * 2 / bandwidth
+        flat = [(each[0].long() + torch.arange(Hkv, device="cuda")[:, None] * N).flatten() for each in lists]
+        k_rows, v_rows = k.view(-1, D), v.view(-1, D)
+
+        def select(i, flat=flat, K=K):
+            kg, vg = (x.index_select(0, flat[i]).view(1, Hkv, K, D) for x in (k_rows, v_rows))
+            return sdpa(folded, kg, vg).view(1, Hq, 1, D), None
+
+        n = len(lists)
+        attempt("decode", f"{K} of 128k | torch index_select + sdpa", checked(lambda: select(0), ref, dtype),
+                lambda: graph_time(select, n), floor)  # fmt: skip
+        best = best_of(
+            "decode",
+            f"{K} of 128k",
+            {
+                str(c): (
+                    checked(lambda c=c: gather_decode(q, k, v, index=lists[0], config=c), ref, dtype),
+                    lambda c=c: graph_time(lambda i: gather_decode(q, k, v, index=lists[i], config=c), n),
+                )
+                for c in candidates
+            },
+            floor,
+        )
+        if best is None:
+            continue
+        chosen = next(c for c in candidates if str(c) == best)
+        run = lambda i: gather_decode(q, k, v, index=lists[i], config=chosen)  # noqa: E731
+        attempt("decode", f"{K} of 128k | best, one list (cached)", checked(lambda: run(0), ref, dtype),
+                lambda: graph_time(lambda i: run(0), n), floor)  # fmt: skip
+        for splits in (8, 16, 32, 64, 128):
+            attempt("decode", f"{K} of 128k | best, {splits} pieces", checked(lambda: run(0), ref, dtype),
+                    lambda s=splits: graph_time(lambda i: gather_decode(q, k, v, index=lists[i], config=chosen, num_splits=s), n), floor)  # fmt: skip
+        dependent = runtime.has_dependent_launch
+        runtime.has_dependent_launch = lambda index: False
+        attempt("decode", f"{K} of 128k | best, no dependent launch", checked(lambda: run(0), ref, dtype),
+                lambda: graph_time(run, n), floor)  # fmt: skip
+        runtime.has_dependent_launch = dependent
+        print(f"decode   host time per eager call: {host_time(lambda: run(0)):.1f} us")
+
+    # Pages, window, ragged lengths: shipped configuration.
+    pages = torch.stack([torch.randperm(N // 16, device="cuda")[:256].sort().values for _ in range(Hkv)])[None].int()
+    tokens = (pages[..., None] * 16 + torch.arange(16, device="cuda")).flatten(2)
+    ref = attention64(q, k, v, tokens)
+    attempt("decode", "256 pages of 16 | shipped", checked(lambda: gather_decode(q, k, v, index=pages, page_size=16), ref, dtype),
+            lambda: graph_time(lambda i: gather_decode(q, k, v, index=pages, page_size=16), 8))  # fmt: skip
+    near = torch.cat((torch.arange(4), torch.arange(N - 4092, N))).cuda().expand(1, Hkv, -1)
+    ref = attention64(q, k, v, near)
+    attempt("decode", "window 4091 + 4 sinks | shipped", checked(lambda: gather_decode(q, k, v, window=4091, sinks=4), ref, dtype),
+            lambda: graph_time(lambda i: gather_decode(q, k, v, window=4091, sinks=4), 8))  # fmt: skip
+    lengths = [256, 512, 1024, 2048, 4096, 8192, 16384, 256]
+    start = torch.tensor([sum(lengths[:i]) for i in range(8)], device="cuda")
+    length = torch.tensor([lengths], device="cuda")
+    packed_k, packed_v = k.view(-1, D)[: sum(lengths)], v.view(-1, D)[: sum(lengths)]
+    parts = [attention64(q[:, 4 * h : 4 * h + 4], packed_k[None, None, s : s + n], packed_v[None, None, s : s + n])
+             for h, (s, n) in enumerate(zip(start.tolist(), lengths))]  # fmt: skip
+    ref = tuple(torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+    attempt("decode", f"packed, {sum(lengths)} keys in 8 segments | shipped", checked(lambda: gather_decode(q, packed_k, packed_v, start=start, length=length), ref, dtype),
+            lambda: graph_time(lambda i: gather_decode(q, packed_k, packed_v, start=start, length=length), 8))  # fmt: skip
+
+
+# Top-k.
+
+
+def topk_part(bandwidth: float, quick: bool) -> None:
+    from foveate.attention.backends.triton import configs, runtime
+    from foveate.attention.backends.triton.topk import topk_select
+
+    def exact(run, scores, k):
+        def check():
+            want = torch.sort(scores.double(), dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
+            assert torch.equal(run().long(), want), "positions differ from a stable sort"
+            return {"error": 0.0}
+
+        return check
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for R, N, k in ((3, 4097, 100), (1, 300000, 4096), (64, 20000, 1000), (16, 2048, 64), (5, 8192, 1024)):
+            for draw in ("normal", "ties"):
+                scores = (
+                    torch.randn(R, N, device="cuda").to(dtype)
+                    if draw == "normal"
+                    else torch.randint(0, 3, (R, N), device="cuda").to(dtype)
+                )
+                try:
+                    exact(lambda: topk_select(scores, k), scores, k)()
+                except Exception as problem:
+                    failed("topk", f"{dtype} {R}x{N} k{k} {draw}", str(problem)[:200])
+    print("topk     correctness over shapes: done (failures above, if any)")
+
+    R, N, k = 8, 131072, 2048
+    # Fresh scores are in the cache when they are selected from: 4 sets of 4 MB.
+    sets = [torch.randn(R, N, device="cuda") for _ in range(4)]
+    attempt(
+        "topk",
+        "2048 of 131072 x 8 float32 | torch.topk",
+        lambda: {},
+        lambda: graph_time(lambda i: torch.topk(sets[i % 4], k), 8),
+    )
+    shapes = [
+        (2048, 8, 32),
+        (2048, 8, 16),
+        (2048, 4, 32),
+        (4096, 8, 32),
+        (1024, 4, 32),
+        (1024, 8, 32),
+        (4096, 16, 16),
+        (1024, 4, 64),
+    ]
+    candidates = [configs.TopkConfig(*each) for each in shapes[: 3 if quick else None]]
+    best = best_of(
+        "topk",
+        "2048 of 131072 x 8 float32",
+        {
+            str(c): (
+                exact(lambda c=c: topk_select(sets[0], k, config=c), sets[0], k),
+                lambda c=c: graph_time(lambda i: topk_select(sets[i % 4], k, config=c), 8),
+            )
+            for c in candidates
+        },
+    )
+    chosen = next((c for c in candidates if str(c) == best), configs.TOPK)
+    dependent = runtime.has_dependent_launch
+    runtime.has_dependent_launch = lambda index: False
+    attempt("topk", "float32 | best, no dependent launch", exact(lambda: topk_select(sets[0], k, config=chosen), sets[0], k),
+            lambda: graph_time(lambda i: topk_select(sets[i % 4], k, config=chosen), 8))  # fmt: skip
+    runtime.has_dependent_launch = dependent
+    ties = [torch.randint(0, 4, (R, N), device="cuda").float() for _ in range(4)]
+    attempt("topk", "float32, four distinct values | best", exact(lambda: topk_select(ties[0], k, config=chosen), ties[0], k),
+            lambda: graph_time(lambda i: topk_select(ties[i % 4], k, config=chosen), 8))  # fmt: skip
+    short = [x.bfloat16() for x in sets]
+    attempt("topk", "2048 of 131072 x 8 bfloat16 | best", exact(lambda: topk_select(short[0], k, config=chosen), short[0], k),
+            lambda: graph_time(lambda i: topk_select(short[i % 4], k, config=chosen), 8))  # fmt: skip
+    for n in (2048, 8192):
+        pages = torch.randn(8, n, device="cuda")
+        attempt(
+            "topk",
+            f"256 of {n} x 8 float32 | torch.topk",
+            lambda: {},
+            lambda: graph_time(lambda i: torch.topk(pages, 256), 8),
+        )
+        attempt("topk", f"256 of {n} x 8 float32 | one block", exact(lambda: topk_select(pages, 256), pages, 256),
+                lambda: graph_time(lambda i: topk_select(pages, 256), 8))  # fmt: skip
+    print(f"topk     host time per eager call: {host_time(lambda: topk_select(sets[0], k)):.1f} us")
+
+
+PARTS = {"decode": decode_part, "topk": topk_part}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, out of {','.join(PARTS)}")
+    parser.add_argument("--quick", action="store_true", help="a few candidates per kernel only")
+    options = parser.parse_args()
+    torch.manual_seed(int(time.time()))
+    import triton
+
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    bandwidth = copy_bandwidth()
+    facts["copy_TB_s"] = bandwidth / 1e6
+    print(facts, flush=True)
+    for name in options.only.split(","):
+        begin = time.perf_counter()
+        try:
+            PARTS[name](bandwidth, options.quick)
+        except Exception as problem:
+            failed(name, "the part stopped", f"{type(problem).__name__}: {problem}")
+            traceback.print_exc()
+        print(f"{name} took {time.perf_counter() - begin:.0f} s", flush=True)
+        torch.cuda.empty_cache()
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    (folder / "gpu_attention.json").write_text(json.dumps({**facts, "rows": ROWS}, indent=1))
+    bad = [each for each in ROWS if each.get("failed")]
+    print(f"{len(ROWS)} rows, {len(bad)} failed")
+
+
+if __name__ == "__main__":
+    main()
