@@ -8,6 +8,7 @@ sum exceeds the L2 cache where that matters (decode), so that nothing is read fr
 Writes $OUT/gpu_attention.json (benchmarks/results/ when OUT is unset).
 """
 
+# ruff: noqa: B023  (closures here run before their loop goes on)
 from __future__ import annotations
 
 import argparse
@@ -20,6 +21,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,6 +32,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+Run = Callable[[int], object]
+Judge = Callable[[object], dict]
 ROWS: list[dict] = []
 GATES = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
@@ -109,34 +114,52 @@ def failed(part: str, what: str, why: str) -> None:
 
 
 def attempt(
-    part: str, what: str, check: Callable[[], dict], timing: Callable[[], tuple], floor=None, **facts
+    part: str, what: str, run: Run, judge: Judge, calls: int = 8, floor: float | None = None, eager: bool = False
 ) -> float | None:
-    """Check, then time. `check` returns facts with "error" and raises AssertionError when they miss the gate."""
+    """Judge run(0), then time run(0), run(1), ... in a graph (or one eager call). Microseconds, None on FAIL."""
     try:
-        found = check()
-        quantiles = timing()
+        found = judge(run(0))
+        quantiles = event_time(lambda: run(0)) if eager else graph_time(run, calls)
     except AssertionError as problem:
         failed(part, what, f"incorrect: {problem}")
     except Exception as problem:
         failed(part, what, f"{type(problem).__name__}: {str(problem)[:300]}")
         traceback.print_exc(limit=3)
     else:
-        row(part, what, quantiles, floor, **found, **facts)
+        row(part, what, quantiles, floor, **found)
         return quantiles[1]
     return None
 
 
-def best_of(part: str, name: str, candidates: dict[str, tuple[Callable, Callable]], floor=None) -> str | None:
-    times = {}
-    for label, (check, timing) in candidates.items():
-        spent = attempt(part, f"{name} | {label}", check, timing, floor)
-        if spent is not None:
-            times[label] = spent
-    if not times:
-        return None
-    best = min(times, key=times.__getitem__)
-    print(f"{part:8s} BEST {name}: {best} = {times[best]:.2f} us" + (f" (bytes alone {floor:.2f})" if floor else ""))
+def best_of(part: str, name: str, runs: dict[str, Run], judge: Judge, calls: int = 8, floor=None, eager=False) -> str:
+    """The label of the fastest correct candidate (the first where none is correct)."""
+    times = {label: attempt(part, f"{name} | {label}", run, judge, calls, floor, eager) for label, run in runs.items()}
+    right = {label: spent for label, spent in times.items() if spent is not None}
+    if not right:
+        return next(iter(runs))
+    best = min(right, key=right.__getitem__)
+    bytes_alone = f" (bytes alone {floor:.2f})" if floor else ""
+    print(f"{part:8s} BEST {name}: {best} = {right[best]:.2f} us{bytes_alone}")
     return best
+
+
+def within(ref, dtype) -> Judge:
+    """Judges (o, lse or None) by float64 reference `ref` and the dtype's gate."""
+
+    def judge(got) -> dict:
+        o, lse = got
+        found = {"error": error(o, ref[0])}
+        assert found["error"] <= GATES[dtype], f"error {found['error']:.3g} > {GATES[dtype]}"
+        if lse is not None:
+            found["lse_error"] = (lse.double() - ref[1]).abs().max().item()
+            assert found["lse_error"] <= 2e-3, f"lse off by {found['lse_error']:.3g}"
+        return found
+
+    return judge
+
+
+def unjudged(got) -> dict:
+    return {}
 
 
 def copy_bandwidth() -> float:
@@ -166,37 +189,29 @@ def attention64(q, k, v, index=None):
     return torch.stack(outs).flatten(0, 1)[None], torch.stack(lses).flatten(0, 1)[None]
 
 
-def checked(run: Callable[[], tuple], ref, dtype) -> Callable[[], dict]:
-    def check() -> dict:
-        o, lse = run()
-        found = {"error": error(o, ref[0])}
-        assert found["error"] <= GATES[dtype], f"error {found['error']:.3g} > {GATES[dtype]}"
-        if lse is not None:
-            found["lse_error"] = (lse.double() - ref[1]).abs().max().item()
-            assert found["lse_error"] <= 2e-3, f"lse off by {found['lse_error']:.3g}"
-        return found
-
-    return check
+def correct(part: str, what: str, run: Callable[[], object], judge: Judge) -> None:
+    """A check without a time; only failures make a row."""
+    try:
+        judge(run())
+    except Exception as problem:
+        failed(part, what, f"{type(problem).__name__}: {str(problem)[:200]}")
 
 
 def decode_correctness() -> None:
     """Shapes besides the timed ones, at the shipped configurations."""
     from foveate.attention.backends.triton.gather_decode import gather_decode
 
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for D in (64, 128, 256):
-            for N, M, Hq, Hkv in ((1, 1, 8, 8), (1000, 1, 24, 8), (4097, 4, 32, 4), (20000, 16, 8, 1)):
-                q = torch.randn(1, Hq, M, D, device="cuda").to(dtype)
-                k, v = torch.randn(2, 1, Hkv, N, D, device="cuda").to(dtype)
-                index = torch.randint(0, N, (1, Hkv, min(N, 777)), device="cuda") if M == 1 else None
-                for what, each in (("dense", None), ("tokens", index)):
-                    if what == "tokens" and index is None:
-                        continue
-                    name = f"{what} {dtype} D{D} N{N} M{M} {Hq}/{Hkv}"
-                    try:
-                        checked(lambda: gather_decode(q, k, v, index=each), attention64(q, k, v, each), dtype)()
-                    except Exception as problem:
-                        failed("decode", name, str(problem)[:200])
+    shapes = ((1, 1, 8, 8), (1000, 1, 24, 8), (4097, 4, 32, 4), (20000, 16, 8, 1))
+    for dtype, D, (N, M, Hq, Hkv) in product(GATES, (64, 128, 256), shapes):
+        q = torch.randn(1, Hq, M, D, device="cuda").to(dtype)
+        k, v = torch.randn(2, 1, Hkv, N, D, device="cuda").to(dtype)
+        name = f"{dtype} D{D} N{N} M{M} {Hq}/{Hkv}"
+        judge = within(attention64(q, k, v), dtype)
+        correct("decode", f"dense {name}", lambda: gather_decode(q, k, v), judge)
+        if M == 1:
+            index = torch.randint(0, N, (1, Hkv, min(N, 777)), device="cuda")
+            judge = within(attention64(q, k, v, index), dtype)
+            correct("decode", f"tokens {name}", lambda: gather_decode(q, k, v, index=index), judge)
     print("decode   correctness over shapes: done (failures above, if any)")
 
 
@@ -207,195 +222,151 @@ DECODE_CANDIDATES = [
 ]  # fmt: skip
 
 
+@contextmanager
+def no_dependent_launch():
+    from foveate.attention.backends.triton import runtime
+
+    kept, runtime.has_dependent_launch = runtime.has_dependent_launch, lambda index: False
+    try:
+        yield
+    finally:
+        runtime.has_dependent_launch = kept
+
+
 def decode_part(bandwidth: float, quick: bool) -> None:
-    from foveate.attention.backends.triton import configs, runtime
+    from foveate.attention.backends.triton import configs
     from foveate.attention.backends.triton.gather_decode import gather_decode
 
     decode_correctness()
     N, Hq, Hkv, D, dtype = 131072, 32, 8, 128, torch.bfloat16
     q = torch.randn(1, Hq, 1, D, device="cuda", dtype=dtype)
     k, v = torch.randn(2, 1, Hkv, N, D, device="cuda", dtype=dtype)
-    folded = q.view(1, Hkv, Hq // Hkv, D)
-    candidates = [configs.DecodeConfig(*each) for each in DECODE_CANDIDATES[: 4 if quick else None]]
+    candidates = {str(c): c for c in (configs.DecodeConfig(*c) for c in DECODE_CANDIDATES[: 4 if quick else None])}
 
-    # Dense.
-    ref = attention64(q, k, v)
-    floor = 2 * k.numel() * 2 / bandwidth
+    judge, floor = within(attention64(q, k, v), dtype), 2 * k.numel() * 2 / bandwidth
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
 
-        def run(backend=backend):
+        def dense(i):
             with sdpa_kernel(backend):
                 return sdpa(q, k, v, enable_gqa=True), None
 
-        attempt(
-            "decode",
-            f"dense 128k | torch {backend.name}",
-            checked(run, ref, dtype),
-            lambda: graph_time(lambda i: run(), 4),
-            floor,
-        )
-    best_of(
-        "decode",
-        "dense 128k",
-        {
-            str(c): (
-                checked(lambda c=c: gather_decode(q, k, v, config=c), ref, dtype),
-                lambda c=c: graph_time(lambda i: gather_decode(q, k, v, config=c), 4),
-            )
-            for c in candidates
-        },
-        floor,
-    )
-
-    # Listed. Sixteen lists: 16 x 16.8 MB at 4096 keys, several times the cache.
+        attempt("decode", f"dense 128k | torch {backend.name}", dense, judge, 4, floor)
+    runs = {label: lambda i, c=c: gather_decode(q, k, v, config=c) for label, c in candidates.items()}
+    best_of("decode", "dense 128k", runs, judge, 4, floor)
     for K in (4096, 1024):
-        lists = [
-            torch.stack([torch.randperm(N, device="cuda")[:K].sort().values for _ in range(Hkv)])[None].to(torch.int32)
-            for _ in range(16 if K > 2000 else 48)
-        ]
-        ref = attention64(q, k, v, lists[0])
-        floor = 2 * Hkv * K * D * 2 / bandwidth
-        flat = [(each[0].long() + torch.arange(Hkv, device="cuda")[:, None] * N).flatten() for each in lists]
-        k_rows, v_rows = k.view(-1, D), v.view(-1, D)
+        decode_lists(q, k, v, K, candidates, bandwidth)
 
-        def select(i, flat=flat, K=K):
-            kg, vg = (x.index_select(0, flat[i]).view(1, Hkv, K, D) for x in (k_rows, v_rows))
-            return sdpa(folded, kg, vg).view(1, Hq, 1, D), None
-
-        n = len(lists)
-        attempt("decode", f"{K} of 128k | torch index_select + sdpa", checked(lambda: select(0), ref, dtype),
-                lambda: graph_time(select, n), floor)  # fmt: skip
-        best = best_of(
-            "decode",
-            f"{K} of 128k",
-            {
-                str(c): (
-                    checked(lambda c=c: gather_decode(q, k, v, index=lists[0], config=c), ref, dtype),
-                    lambda c=c: graph_time(lambda i: gather_decode(q, k, v, index=lists[i], config=c), n),
-                )
-                for c in candidates
-            },
-            floor,
-        )
-        if best is None:
-            continue
-        chosen = next(c for c in candidates if str(c) == best)
-        run = lambda i: gather_decode(q, k, v, index=lists[i], config=chosen)  # noqa: E731
-        attempt("decode", f"{K} of 128k | best, one list (cached)", checked(lambda: run(0), ref, dtype),
-                lambda: graph_time(lambda i: run(0), n), floor)  # fmt: skip
-        for splits in (8, 16, 32, 64, 128):
-            attempt("decode", f"{K} of 128k | best, {splits} pieces", checked(lambda: run(0), ref, dtype),
-                    lambda s=splits: graph_time(lambda i: gather_decode(q, k, v, index=lists[i], config=chosen, num_splits=s), n), floor)  # fmt: skip
-        dependent = runtime.has_dependent_launch
-        runtime.has_dependent_launch = lambda index: False
-        attempt("decode", f"{K} of 128k | best, no dependent launch", checked(lambda: run(0), ref, dtype),
-                lambda: graph_time(run, n), floor)  # fmt: skip
-        runtime.has_dependent_launch = dependent
-        print(f"decode   host time per eager call: {host_time(lambda: run(0)):.1f} us")
-
-    # Pages, window, ragged lengths: shipped configuration.
     pages = torch.stack([torch.randperm(N // 16, device="cuda")[:256].sort().values for _ in range(Hkv)])[None].int()
     tokens = (pages[..., None] * 16 + torch.arange(16, device="cuda")).flatten(2)
-    ref = attention64(q, k, v, tokens)
-    attempt("decode", "256 pages of 16 | shipped", checked(lambda: gather_decode(q, k, v, index=pages, page_size=16), ref, dtype),
-            lambda: graph_time(lambda i: gather_decode(q, k, v, index=pages, page_size=16), 8))  # fmt: skip
+    attempt("decode", "256 pages of 16 | shipped", lambda i: gather_decode(q, k, v, index=pages, page_size=16),
+            within(attention64(q, k, v, tokens), dtype))  # fmt: skip
     near = torch.cat((torch.arange(4), torch.arange(N - 4092, N))).cuda().expand(1, Hkv, -1)
-    ref = attention64(q, k, v, near)
-    attempt("decode", "window 4091 + 4 sinks | shipped", checked(lambda: gather_decode(q, k, v, window=4091, sinks=4), ref, dtype),
-            lambda: graph_time(lambda i: gather_decode(q, k, v, window=4091, sinks=4), 8))  # fmt: skip
+    attempt("decode", "window 4091 + 4 sinks | shipped", lambda i: gather_decode(q, k, v, window=4091, sinks=4),
+            within(attention64(q, k, v, near), dtype))  # fmt: skip
+    decode_packed(q, k.view(-1, D), v.view(-1, D))
+
+
+def decode_lists(q, k, v, K: int, candidates: dict, bandwidth: float) -> None:
+    """K random keys per head; lists whose keys together are several times the cache."""
+    from foveate.attention.backends.triton.gather_decode import gather_decode
+
+    _, Hkv, N, D = k.shape
+    Hq, name = q.shape[1], f"{K} of {N >> 10}k"
+    n = 16 if K > 2000 else 48
+    lists = [
+        torch.stack([torch.randperm(N, device="cuda")[:K].sort().values for _ in range(Hkv)])[None] for _ in range(n)
+    ]
+    flat = [(each[0] + torch.arange(Hkv, device="cuda")[:, None] * N).flatten() for each in lists]
+    lists = [each.to(torch.int32) for each in lists]
+    judge, floor = within(attention64(q, k, v, lists[0]), q.dtype), 2 * Hkv * K * D * 2 / bandwidth
+    folded = q.view(1, Hkv, Hq // Hkv, D)
+
+    def select(i):
+        kg, vg = (x.view(-1, D).index_select(0, flat[i]).view(1, Hkv, K, D) for x in (k, v))
+        return sdpa(folded, kg, vg).view(1, Hq, 1, D), None
+
+    attempt("decode", f"{name} | torch index_select + sdpa", select, judge, n, floor)
+    runs = {label: lambda i, c=c: gather_decode(q, k, v, index=lists[i], config=c) for label, c in candidates.items()}
+    best = best_of("decode", name, runs, judge, n, floor)
+    attempt("decode", f"{name} | best, one list (cached)", lambda i: runs[best](0), judge, n, floor)
+    for pieces in (8, 16, 32, 64, 128):
+        run = lambda i, p=pieces: gather_decode(q, k, v, index=lists[i], config=candidates[best], num_splits=p)  # noqa: E731
+        attempt("decode", f"{name} | best, {pieces} pieces", run, judge, n, floor)
+    with no_dependent_launch():
+        attempt("decode", f"{name} | best, no dependent launch", runs[best], judge, n, floor)
+    print(f"decode   host time per eager call: {host_time(lambda: runs[best](0)):.1f} us")
+
+
+def decode_packed(q, k, v) -> None:
+    """Eight segments of very different lengths."""
+    from foveate.attention.backends.triton.gather_decode import gather_decode
+
     lengths = [256, 512, 1024, 2048, 4096, 8192, 16384, 256]
-    start = torch.tensor([sum(lengths[:i]) for i in range(8)], device="cuda")
-    length = torch.tensor([lengths], device="cuda")
-    packed_k, packed_v = k.view(-1, D)[: sum(lengths)], v.view(-1, D)[: sum(lengths)]
-    parts = [attention64(q[:, 4 * h : 4 * h + 4], packed_k[None, None, s : s + n], packed_v[None, None, s : s + n])
-             for h, (s, n) in enumerate(zip(start.tolist(), lengths))]  # fmt: skip
-    ref = tuple(torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-    attempt("decode", f"packed, {sum(lengths)} keys in 8 segments | shipped", checked(lambda: gather_decode(q, packed_k, packed_v, start=start, length=length), ref, dtype),
-            lambda: graph_time(lambda i: gather_decode(q, packed_k, packed_v, start=start, length=length), 8))  # fmt: skip
+    starts = [sum(lengths[:i]) for i in range(8)]
+    start, length = torch.tensor(starts, device="cuda"), torch.tensor([lengths], device="cuda")
+    parts = [
+        attention64(q[:, 4 * h : 4 * h + 4], k[None, None, s : s + n], v[None, None, s : s + n])
+        for h, (s, n) in enumerate(zip(starts, lengths))
+    ]
+    judge = within(tuple(torch.cat([part[i] for part in parts], 1) for i in (0, 1)), q.dtype)
+    k, v = k[: sum(lengths)], v[: sum(lengths)]
+    run = lambda i: gather_decode(q, k, v, start=start, length=length)  # noqa: E731
+    attempt("decode", f"packed, {sum(lengths)} keys in 8 segments | shipped", run, judge)
 
 
 # Top-k.
 
 
+def exact(scores: torch.Tensor, k: int) -> Judge:
+    want = torch.sort(scores.double(), dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
+
+    def judge(got) -> dict:
+        assert torch.equal(got.long(), want), "positions differ from a stable sort"
+        return {"error": 0.0}
+
+    return judge
+
+
+TOPK_CANDIDATES = [
+    # block, num_warps, most_chunks
+    (2048, 8, 32), (2048, 8, 16), (2048, 4, 32), (4096, 8, 32),
+    (1024, 4, 32), (1024, 8, 32), (4096, 16, 16), (1024, 4, 64),
+]  # fmt: skip
+
+
 def topk_part(bandwidth: float, quick: bool) -> None:
-    from foveate.attention.backends.triton import configs, runtime
+    from foveate.attention.backends.triton import configs
     from foveate.attention.backends.triton.topk import topk_select
 
-    def exact(run, scores, k):
-        def check():
-            want = torch.sort(scores.double(), dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
-            assert torch.equal(run().long(), want), "positions differ from a stable sort"
-            return {"error": 0.0}
-
-        return check
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for R, N, k in ((3, 4097, 100), (1, 300000, 4096), (64, 20000, 1000), (16, 2048, 64), (5, 8192, 1024)):
-            for draw in ("normal", "ties"):
-                scores = (
-                    torch.randn(R, N, device="cuda").to(dtype)
-                    if draw == "normal"
-                    else torch.randint(0, 3, (R, N), device="cuda").to(dtype)
-                )
-                try:
-                    exact(lambda: topk_select(scores, k), scores, k)()
-                except Exception as problem:
-                    failed("topk", f"{dtype} {R}x{N} k{k} {draw}", str(problem)[:200])
+    shapes = ((3, 4097, 100), (1, 300000, 4096), (64, 20000, 1000), (16, 2048, 64), (5, 8192, 1024))
+    for dtype, (R, N, k) in product((torch.float32, torch.bfloat16), shapes):
+        for draw, scores in (("normal", torch.randn(R, N)), ("ties", torch.randint(0, 3, (R, N)))):
+            scores = scores.to("cuda", dtype)
+            correct("topk", f"{dtype} {R}x{N} k{k} {draw}", lambda: topk_select(scores, k), exact(scores, k))
     print("topk     correctness over shapes: done (failures above, if any)")
 
     R, N, k = 8, 131072, 2048
     # Fresh scores are in the cache when they are selected from: 4 sets of 4 MB.
     sets = [torch.randn(R, N, device="cuda") for _ in range(4)]
-    attempt(
-        "topk",
-        "2048 of 131072 x 8 float32 | torch.topk",
-        lambda: {},
-        lambda: graph_time(lambda i: torch.topk(sets[i % 4], k), 8),
-    )
-    shapes = [
-        (2048, 8, 32),
-        (2048, 8, 16),
-        (2048, 4, 32),
-        (4096, 8, 32),
-        (1024, 4, 32),
-        (1024, 8, 32),
-        (4096, 16, 16),
-        (1024, 4, 64),
-    ]
-    candidates = [configs.TopkConfig(*each) for each in shapes[: 3 if quick else None]]
-    best = best_of(
-        "topk",
-        "2048 of 131072 x 8 float32",
-        {
-            str(c): (
-                exact(lambda c=c: topk_select(sets[0], k, config=c), sets[0], k),
-                lambda c=c: graph_time(lambda i: topk_select(sets[i % 4], k, config=c), 8),
-            )
-            for c in candidates
-        },
-    )
-    chosen = next((c for c in candidates if str(c) == best), configs.TOPK)
-    dependent = runtime.has_dependent_launch
-    runtime.has_dependent_launch = lambda index: False
-    attempt("topk", "float32 | best, no dependent launch", exact(lambda: topk_select(sets[0], k, config=chosen), sets[0], k),
-            lambda: graph_time(lambda i: topk_select(sets[i % 4], k, config=chosen), 8))  # fmt: skip
-    runtime.has_dependent_launch = dependent
-    ties = [torch.randint(0, 4, (R, N), device="cuda").float() for _ in range(4)]
-    attempt("topk", "float32, four distinct values | best", exact(lambda: topk_select(ties[0], k, config=chosen), ties[0], k),
-            lambda: graph_time(lambda i: topk_select(ties[i % 4], k, config=chosen), 8))  # fmt: skip
-    short = [x.bfloat16() for x in sets]
-    attempt("topk", "2048 of 131072 x 8 bfloat16 | best", exact(lambda: topk_select(short[0], k, config=chosen), short[0], k),
-            lambda: graph_time(lambda i: topk_select(short[i % 4], k, config=chosen), 8))  # fmt: skip
+    judge, name = exact(sets[0], k), "2048 of 131072 x 8 float32"
+    attempt("topk", f"{name} | torch.topk", lambda i: torch.topk(sets[i % 4], k), unjudged)
+    candidates = {str(c): c for c in (configs.TopkConfig(*c) for c in TOPK_CANDIDATES[: 3 if quick else None])}
+    runs = {label: lambda i, c=c: topk_select(sets[i % 4], k, config=c) for label, c in candidates.items()}
+    best = best_of("topk", name, runs, judge)
+    with no_dependent_launch():
+        attempt("topk", "float32 | best, no dependent launch", runs[best], judge)
+    for what, draws in (
+        ("float32, four distinct values", [torch.randint(0, 4, (R, N), device="cuda").float() for _ in range(4)]),
+        ("bfloat16", [each.bfloat16() for each in sets]),
+    ):
+        run = lambda i, draws=draws: topk_select(draws[i % 4], k, config=candidates[best])  # noqa: E731
+        attempt("topk", f"2048 of 131072 x 8 {what} | best", run, exact(draws[0], k))
     for n in (2048, 8192):
         pages = torch.randn(8, n, device="cuda")
+        attempt("topk", f"256 of {n} x 8 float32 | torch.topk", lambda i, x=pages: torch.topk(x, 256), unjudged)
         attempt(
-            "topk",
-            f"256 of {n} x 8 float32 | torch.topk",
-            lambda: {},
-            lambda: graph_time(lambda i: torch.topk(pages, 256), 8),
+            "topk", f"256 of {n} x 8 float32 | one block", lambda i, x=pages: topk_select(x, 256), exact(pages, 256)
         )
-        attempt("topk", f"256 of {n} x 8 float32 | one block", exact(lambda: topk_select(pages, 256), pages, 256),
-                lambda: graph_time(lambda i: topk_select(pages, 256), 8))  # fmt: skip
     print(f"topk     host time per eager call: {host_time(lambda: topk_select(sets[0], k)):.1f} us")
 
 

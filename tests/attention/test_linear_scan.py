@@ -67,7 +67,7 @@ def test_chunks_are_the_recurrence(form, chunk_size, with_state):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("T", [1, 3, 15, 63, 65, 127])
+@pytest.mark.parametrize("T", [1, 3, 15, 63, 65, 127, 1000])
 def test_float32_at_odd_lengths(form, T):
     tensors = case(form, T, batch=1, dtype=torch.float32)
     expected, final = reference({name: x.double() for name, x in tensors.items()})
@@ -323,3 +323,9 @@ def test_head_decay_schemes():
     assert torch.allclose(head_decay(2, layer=3, layers=4), -torch.tensor([2.0**-4, 2.0**-8]) * 1e-5, rtol=1e-3)
     assert head_decay(4, "lightning", layer=0, layers=6).tolist() == [0, -2, -4, -6]
     assert torch.allclose(head_decay(2, "retnet").exp(), torch.tensor([1 - 1 / 32, 1 - 1 / 64]))
+
+
+def test_compiles_whole():
+    tensors = case("scalar-delta", 20, dtype=torch.float32)
+    run = torch.compile(lambda **x: linear_scan(**x, chunk_size=8)[0], backend="eager", fullgraph=True)
+    assert relative(run(**tensors), chunked(tensors, chunk_size=8)[0]) < 1e-6

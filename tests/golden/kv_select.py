@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import Rope
+from foveate.attention import Rope, Tokens
 from foveate.methods import SingleLayer
 from foveate.methods.keep.streaming_llm import StreamingLLM
+from foveate.methods.select.quest import Quest
 from tests.golden.kv_models import model_generate
 
 Config = dict[str, Any]
@@ -55,7 +56,27 @@ def streaming_generate(config: Config, tensors: Tensors) -> Tensors:
     return made
 
 
+def quest_decode(config: Config, tensors: Tensors) -> Tensors:
+    method = Quest(
+        budget=config["token_budget"],
+        page=config["page_size"],
+        min_pages=config["min_pages"],
+        force_last=config["force_last_page"],
+        per_query_head=config["per_query_head"],
+        dense_layers=0,
+    )
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    layer = SingleLayer(method)
+    layer(torch.zeros_like(q).expand(-1, -1, k.shape[2] - 1, -1), k[:, :, :-1], v[:, :, :-1])
+    step = layer.step(q, k[:, :, -1:], v[:, :, -1:])
+    pages = method.choose(step)
+    if pages is None:
+        pages = torch.arange(-(-k.shape[2] // method.page)).expand(*q.shape[:2], -1)
+    return {"o": step.attend(Tokens(step.state.slots(pages))), "pages": pages.int()}
+
+
 ADAPTERS = {
+    "quest/decode_attention": quest_decode,
     "streaming-llm/stream_reindexed": stream_reindexed,
     "streaming-llm/model_generate": streaming_generate,
 }

@@ -26,11 +26,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from foveate.attention.backends import linear_reference, linear_torch
 from foveate.attention.dispatch import Choice
 from foveate.attention.linear_call import LinearCall, make_call
 from foveate.attention.shapes import match
@@ -38,36 +40,37 @@ from foveate.errors import BackendError, OptionError, ShapeError
 
 NAMES = ("auto", "reference", "torch", "triton")
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
-_ROOT = "foveate.attention.backends"
+_TRITON = "foveate.attention.backends.triton.scan"
 Result = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A module with `why_not(call)`, `scan(call)` and `step(call)`, and what must hold before it is imported."""
+    """Says why it cannot run a call, or None; runs a scan or one step."""
 
-    module: str
-    precondition: Callable[[LinearCall], str | None] = lambda call: None
-
-    def why_not(self, call: LinearCall) -> str | None:
-        reason = self.precondition(call)
-        return reason if reason is not None else importlib.import_module(self.module).why_not(call)
+    why_not: Callable[[LinearCall], str | None]
+    scan: Callable[[LinearCall], Result]
+    step: Callable[[LinearCall], Result]
 
 
-def _triton_needs(call: LinearCall) -> str | None:
+def _triton() -> ModuleType:
+    return importlib.import_module(_TRITON)
+
+
+def _why_not_triton(call: LinearCall) -> str | None:
     if call.q.device.type != "cuda":
-        return f"q is on {call.q.device.type}; {_ROOT}.triton.scan needs CUDA"
+        return f"q is on {call.q.device.type}; {_TRITON} needs CUDA"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not (Path(__file__).parent / "backends" / "triton" / "scan.py").exists():
-        return f"the module {_ROOT}.triton.scan is not in this installation"
-    return None
+        return f"the module {_TRITON} is not in this installation"
+    return _triton().why_not(call)
 
 
 BACKENDS = {
-    "reference": Backend(f"{_ROOT}.linear_reference"),
-    "torch": Backend(f"{_ROOT}.linear_torch"),
-    "triton": Backend(f"{_ROOT}.triton.scan", _triton_needs),
+    "reference": Backend(linear_reference.why_not, linear_reference.scan, linear_reference.step),
+    "torch": Backend(linear_torch.why_not, linear_torch.scan, linear_torch.step),
+    "triton": Backend(_why_not_triton, lambda call: _triton().scan(call), lambda call: _triton().step(call)),
 }
 
 
@@ -107,8 +110,8 @@ def _run(call: LinearCall, backend: str, entry: Literal["scan", "step"]) -> Resu
             f"Ask for backend={choice.name!r} to accept this silently.",
             stacklevel=3,
         )
-    run: Callable[[LinearCall], Result] = getattr(importlib.import_module(BACKENDS[choice.name].module), entry)
-    return run(call)
+    chosen = BACKENDS[choice.name]
+    return chosen.scan(call) if entry == "scan" else chosen.step(call)
 
 
 def linear_scan(

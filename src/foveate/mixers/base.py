@@ -152,13 +152,13 @@ class Mixer(Initialised):
         patterns: what it can be used for, out of PATTERNS. Non-causal use needs an option `causal=False`, or a mixer
             that is never causal (`causal = False` on the class).
         constant_state: whether the state stops growing with the length (an option may change it for an instance).
-        packs: whether `mix` takes packed sequences; otherwise they are run one by one.
+        packs: whether `mix` takes packed sequences; otherwise they are run one by one (an option may change it too).
         shared: names of parameters that all layers of this mixer in one model share.
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"causal-self"})
     constant_state: bool = True
-    packs: ClassVar[bool] = True
+    packs: bool = True
     shared: ClassVar[tuple[str, ...]] = ()
     causal: bool = True
 

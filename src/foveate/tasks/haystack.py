@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from foveate.tasks.text import sentences
 
@@ -28,6 +29,17 @@ def prose(path: str | None, rng: random.Random) -> Callable[[int], list[str]]:
     text = sentences(path)
     start = rng.randrange(len(text))
     return lambda units: [text[(start + place) % len(text)] for place in range(units)]
+
+
+def lazily(lines: Iterator[str]) -> Callable[[int], list[str]]:
+    """k -> the first k of `lines`, which are made only when they are needed."""
+    made: list[str] = []
+
+    def first(units: int) -> list[str]:
+        made.extend(itertools.islice(lines, max(0, units - len(made))))
+        return made[:units]
+
+    return first
 
 
 def depth_of(seed: int) -> float:

@@ -22,7 +22,7 @@ Errors: a length too small raises OptionError with the smallest. Cost: linear in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from foveate.errors import OptionError
@@ -62,6 +62,9 @@ class Niah(DraftedTask):
     def check(self) -> None:
         if self.queries > self.keys:
             raise OptionError(f"{type(self).__name__}: queries={self.queries}, allowed: <= keys={self.keys}")
+        if self.keys * self.values > _MOST_PAIRS // 2:
+            given = f"keys * values = {self.keys * self.values}"
+            raise OptionError(f"{type(self).__name__}: {given}, allowed: <= {_MOST_PAIRS // 2}")
         if self.text is not None:
             sentences(self.text)
 
@@ -92,8 +95,8 @@ class Niah(DraftedTask):
         if self.haystack == "prose":
             text = haystack.prose(self.text, rng)
             return text, None, " ".join(text(8))
-        others = other_needles(self.key, self.value, rng, taken)
-        return (lambda units: others[:units]), len(others), " ".join(haystack.REPEATED)
+        others = haystack.lazily(other_needles(self.key, self.value, rng, taken))
+        return others, _MOST_PAIRS - len(taken), " ".join(haystack.REPEATED)
 
 
 @register("niah-single", kind="task", paper=_PAPER, arxiv="2404.06654", year=2024, applies_to="causal language models")
@@ -152,11 +155,12 @@ def question(value: str, keys: Sequence[str], answers: tuple[str, ...]) -> Quest
     return Question(f"What are all the secret {name}s of {owners}?", f"The secret {name}s of {owners} are", answers)
 
 
-def other_needles(key: str, value: str, rng: random.Random, taken: set[str]) -> list[str]:
-    """Needles whose keys are not `taken`, in drawn order."""
-    if key == "words":
-        keys = rng.sample(compounds(), _MOST_PAIRS)
-    else:
-        keys = draw(key, _MOST_PAIRS, rng)
-    values = draw(value, _MOST_PAIRS, rng)
-    return [needle(value, *pair) for pair in zip(keys, values, strict=True) if pair[0] not in taken]
+def other_needles(key: str, value: str, rng: random.Random, taken: set[str]) -> Iterator[str]:
+    """Needles in drawn order whose keys differ from each other and from those `taken`."""
+    used = set(taken)
+    words = iter(rng.sample(compounds(), _MOST_PAIRS))
+    while len(used) < _MOST_PAIRS:
+        drawn = next(words) if key == "words" else draw(key, 1, rng)[0]
+        if drawn not in used:
+            used.add(drawn)
+            yield needle(value, drawn, draw(value, 1, rng)[0])

@@ -19,7 +19,7 @@ the largest. Cost: linear in the length.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from foveate.errors import OptionError
@@ -32,7 +32,6 @@ from foveate.tasks.text import sentences
 from foveate.tasks.words import compounds, draw
 
 _INTRODUCTION = "Every name below has a number. Remember them.\n\n"
-_PAIR = "The number of {key} is {value}."
 _DIGITS = 4
 # Four digits give 9000 values, so values repeat; keys do not.
 _MOST_PAIRS = 20_000
@@ -74,32 +73,38 @@ class Recall(DraftedTask):
 
     def draft(self, length: int, seed: int) -> Draft:
         rng = random.Random(f"recall {seed}")
-        keys = rng.sample(compounds(), _MOST_PAIRS)
-        values = [draw("numbers", 1, rng, digits=_DIGITS)[0] for _ in keys]
-        lines = [_PAIR.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
         depths = [(haystack.depth_of(seed) + place / self.queries) % 1.0 for place in range(self.queries)]
         if self.depth is not None:
             depths[0] = self.depth
-        filler, most, padding = self._filler(lines, rng)
-        woven = self.queries if self.pairs is None else self.pairs
-        depths += [rng.random() for _ in range(woven - self.queries)]
-        needles = list(zip(depths, lines[:woven], strict=True))
-        separator = "\n" if self.pairs is None else " "
+        depths += [rng.random() for _ in range(self.queries, self.pairs or 0)]
+        prose = haystack.prose(self.text, rng)
+        drawn = _pairs(rng)
+        needles = [(depth, *next(drawn)) for depth in depths]
+        if self.pairs is None:
+            filler = haystack.lazily(_line(*pair) for pair in drawn)
+            separator, padding = "\n", haystack.repeated(8)
+        else:
+            filler = prose
+            separator, padding = " ", prose(8)
+        lines = [(depth, _line(key, value)) for depth, key, value in needles]
+        asked = needles[: self.queries]
         return Draft(
-            body=lambda units: _INTRODUCTION + separator.join(haystack.weave(filler(units), needles)),
-            padding=padding,
+            body=lambda units: _INTRODUCTION + separator.join(haystack.weave(filler(units), lines)),
+            padding=" ".join(padding),
             questions=tuple(
                 Question(f"What is the number of {key}?", f"The number of {key} is", (value,))
-                for key, value in zip(keys[: self.queries], values, strict=False)
+                for _, key, value in asked
             ),
-            most=most,
+            most=None if self.pairs else _MOST_PAIRS - self.queries,
             depth=depths[0] if self.queries == 1 else None,
-            meta={"keys": keys[: self.queries], "depths": depths[: self.queries]},
+            meta={"keys": [key for _, key, _ in asked], "depths": depths[: self.queries]},
         )
 
-    def _filler(self, lines: list[str], rng: random.Random) -> tuple[Callable[[int], list[str]], int | None, str]:
-        if self.pairs is None:
-            others = lines[self.queries :]
-            return (lambda units: others[:units]), len(others), " ".join(haystack.REPEATED)
-        prose = haystack.prose(self.text, rng)
-        return prose, None, " ".join(prose(8))
+
+def _pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
+    for key in rng.sample(compounds(), _MOST_PAIRS):
+        yield key, draw("numbers", 1, rng, digits=_DIGITS)[0]
+
+
+def _line(key: str, value: str) -> str:
+    return f"The number of {key} is {value}."

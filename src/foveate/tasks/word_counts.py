@@ -35,6 +35,8 @@ _PAPER = "RULER: What's the Real Context Size of Your Long-Context Language Mode
 # RULER's numbers, and its smaller ones for contexts of less than 4096 tokens.
 _LONG = 4096
 _OFTEN, _SELDOM = (30, 3), (6, 1)
+# As many as the shortest text can show, and more: the shortest text is the same at every length.
+_FEWEST_CODED = 20
 _EXAMPLE_OFTEN, _EXAMPLE_RARE_WORDS = 3, 10
 
 
@@ -106,11 +108,11 @@ class FrequentWords(DraftedTask):
 
     alpha: float = option(2.0, "exponent of Zipf's law", above=1.0, at_most=8.0)
     letters: int = option(6, "letters of a made-up word", at_least=3, at_most=32)
-    vocabulary: int | None = option(None, "different words; None: a fiftieth of the length", at_least=5)
+    vocabulary: int | None = option(None, "different words; None: a fiftieth of the length, at least 20", at_least=5)
 
     def draft(self, length: int, seed: int) -> Draft:
         rng = random.Random(f"frequent-words {seed}")
-        size = self.vocabulary or max(5, length // 50)
+        size = self.vocabulary or max(_FEWEST_CODED, length // 50)
         coded = different(size - 1, lambda: "".join(rng.choices(string.ascii_lowercase, k=self.letters)))
         ranked = ["...", *coded]
         share = [rank**-self.alpha / _zeta(self.alpha) for rank in range(1, size + 1)]

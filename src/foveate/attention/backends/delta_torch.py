@@ -31,16 +31,16 @@ def scan(
     # `unitriangular` reads only what is strictly below the diagonal and takes the diagonal as ones.
     T = torch.linalg.solve_triangular(L, identity, upper=False, unitriangular=True)
     U = T @ (beta * v)
-    W = T @ decay.since_start(beta * k)
+    W = T @ decay.since_start(beta * k, slice(None))
     scores = decay.scores(q, k)
-    queries, keys = decay.since_start(q), decay.to_end(k).transpose(-1, -2)
     outputs: list[Tensor] = []
 
     def advance(rows: slice, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (S,) = state
         N = multiply_add(U[rows], W[rows], S, alpha=-1)
-        outputs.append(multiply_add(scores[rows] @ N, queries[rows], S, beta=scale, alpha=scale))
-        return (multiply_add(decay.over(S, rows), keys[rows], N),)
+        queries, keys = decay.since_start(q[rows], rows), decay.to_end(k[rows], rows)
+        outputs.append(multiply_add(scores[rows] @ N, queries, S, beta=scale, alpha=scale))
+        return (multiply_add(decay.over(S, rows), keys.transpose(-1, -2), N),)
 
     (final,) = chunks.walk((start,), advance)
     return outputs, final

@@ -5,7 +5,9 @@ With G_i = sum of g_j over j <= i in the chunk (inclusive) and L its last slot, 
     scores(a, k)   [C, C], a_i . k_j weighed by exp(G_i - G_j) for i >= j, else 0
     since_start(x) row i of x times exp(G_i)
     to_end(x)      row i of x times exp(G_L - G_i)
-    over(S, rows)  exp(G_L) S: a state carried over the chunks `rows`
+    over(S)        exp(G_L) S: a state carried over the chunk
+
+The last three take the chunks `rows` that x or S belongs to: applied to one step's chunks they work in cache.
 
 Differences of G are taken in float64: in float32 a chunk of strong decays would lose the weak ones after it.
 """
@@ -23,10 +25,10 @@ class NoDecay:
     def scores(self, a: Tensor, k: Tensor) -> Tensor:
         return (a @ k.transpose(-1, -2)).tril()
 
-    def since_start(self, x: Tensor) -> Tensor:
+    def since_start(self, x: Tensor, rows: slice) -> Tensor:
         return x
 
-    def to_end(self, x: Tensor) -> Tensor:
+    def to_end(self, x: Tensor, rows: slice) -> Tensor:
         return x
 
     def over(self, S: Tensor, rows: slice) -> Tensor:
@@ -50,11 +52,11 @@ class ScalarDecay:
     def scores(self, a: Tensor, k: Tensor) -> Tensor:
         return (a @ k.transpose(-1, -2)) * self.between
 
-    def since_start(self, x: Tensor) -> Tensor:
-        return x * self.from_start
+    def since_start(self, x: Tensor, rows: slice) -> Tensor:
+        return x * self.from_start[rows]
 
-    def to_end(self, x: Tensor) -> Tensor:
-        return x * self.until_end
+    def to_end(self, x: Tensor, rows: slice) -> Tensor:
+        return x * self.until_end[rows]
 
     def over(self, S: Tensor, rows: slice) -> Tensor:
         return S * self.whole[rows]
@@ -102,11 +104,11 @@ class VectorDecay:
             half *= 2
         return block.squeeze(-3)
 
-    def since_start(self, x: Tensor) -> Tensor:
-        return x * self.from_start
+    def since_start(self, x: Tensor, rows: slice) -> Tensor:
+        return x * self.from_start[rows]
 
-    def to_end(self, x: Tensor) -> Tensor:
-        return x * self.until_end
+    def to_end(self, x: Tensor, rows: slice) -> Tensor:
+        return x * self.until_end[rows]
 
     def over(self, S: Tensor, rows: slice) -> Tensor:
         return S * self.whole[rows]

@@ -50,13 +50,13 @@ def _outer_products(
     chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float, start: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     inside = decay.scores(q, k) @ v
-    queries, keys = decay.since_start(q), decay.to_end(k).transpose(-1, -2)
     outputs: list[Tensor] = []
 
     def advance(rows: slice, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (S,) = state
-        outputs.append(multiply_add(inside[rows], queries[rows], S, beta=scale, alpha=scale))
-        return (multiply_add(decay.over(S, rows), keys[rows], v[rows]),)
+        queries, keys = decay.since_start(q[rows], rows), decay.to_end(k[rows], rows)
+        outputs.append(multiply_add(inside[rows], queries, S, beta=scale, alpha=scale))
+        return (multiply_add(decay.over(S, rows), keys.transpose(-1, -2), v[rows]),)
 
     (final,) = chunks.walk((start,), advance)
     return outputs, final

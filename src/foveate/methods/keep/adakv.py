@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.methods.budgets import adaptive_budgets, top_mask
+from foveate.methods.budgets import top_mask
 from foveate.methods.cache import Change, KeepRagged
 from foveate.methods.keep.expected_attention import ExpectedAttention
 from foveate.methods.keep.pyramidkv import PyramidKV, falling_budget
@@ -154,11 +154,26 @@ class AdaKV(WindowVotes):
         if base > free:
             return torch.ones_like(scores, dtype=torch.bool)
         front = scores[:, :free]
-        budgets = adaptive_budgets(front[None], base, self.floor, self.normalize)[0] if shared else base
+        budgets = head_budgets(front, base, self.floor, self.normalize) if shared else base
         return F.pad(top_mask(front, budgets), (0, self.tail), value=True)
+
+
+def head_budgets(scores: Tensor, base: int, floor: float, normalize: bool) -> Tensor:
+    """Share base * Hkv keys between heads by their scores [Hkv, n]: int64 [Hkv]."""
+    if normalize:
+        top = scores.topk(min(base, scores.shape[-1]), dim=-1).values.sum(-1, keepdim=True)
+        scores = scores * (top / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny))
+    counts = best_of_layer(scores, base).sum(-1)
+    return torch.round(counts.double() * (1 - floor) + int(floor * base)).long()
+
+
+def best_of_layer(scores: Tensor, count: int) -> Tensor:
+    """Bool like scores [Hkv, n]: the layer's best count * Hkv; of equals the earliest keys, then the lowest heads."""
+    by_key = scores.T
+    return top_mask(by_key.flatten(), count * scores.shape[0]).view_as(by_key).T
 
 
 def prune_lowest(scores: Tensor, count: int, floor: float) -> Tensor:
     """kvpress: bool like scores [Hkv, N] without the layer's lowest Hkv (N - count), each head's best ones safe."""
     safe = top_mask(scores, max(1, int(count * floor)) if floor > 0 else 0)
-    return top_mask(scores.masked_fill(safe, torch.inf).flatten(), count * scores.shape[0]).view_as(scores)
+    return best_of_layer(scores.masked_fill(safe, torch.inf), count)

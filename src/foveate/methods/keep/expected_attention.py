@@ -124,7 +124,7 @@ def moments_of(rope: RopeLike, q: Tensor, at: Tensor, sinks: int) -> QueryMoment
 
 
 def expected_logits(k: Tensor, mean: Tensor, covariance: Tensor | None, scale: float) -> Tensor:
-    """log E exp(scale q . k), [B, Hq, N], for Gaussian q of mean [B, Hq, D], covariance [B, Hq, D, D]; k [B, Hkv, N, D]."""
+    """log E exp(scale q . k), [B, Hq, N]: q Gaussian, mean [B, Hq, D], covariance [B, Hq, D, D]; k [B, Hkv, N, D]."""
     keys = k[:, :, None]
     first = (keys @ mean.unflatten(1, (k.shape[1], -1))[..., None])[..., 0] * scale
     if covariance is None:

@@ -11,6 +11,7 @@ State: sum of phi(k)^T v and of phi(k), [B, H, K, V + 1] float32. Cost: O(N K V)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,12 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.attention.features import elu_plus_one
-from foveate.attention.linear import kv_matmul_attention
+from foveate.attention.linear import Normalizer, kv_matmul_attention
 from foveate.mixers.base import PATTERNS, Mixer, start_position
 from foveate.mixers.linear.recurrence import LinearState, empty_memory, recur, split_heads
 from foveate.registry import register
 
-FEATURES = {"elu": elu_plus_one, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": elu_plus_one,
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
 
 
 @register(
@@ -99,7 +105,7 @@ class LinearMixer(Mixer):
 
     def _all_to_all(self, x: Tensor, source: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         q, k, v = self._features(x, source)
-        normalizer = "sum" if self.normalize else "none"
+        normalizer: Normalizer = "sum" if self.normalize else "none"
         if cu_seqlens is None:
             o = kv_matmul_attention(q, k, v, normalizer=normalizer, eps=self.eps, mask=padding)
             return self.o_proj(o.flatten(2))

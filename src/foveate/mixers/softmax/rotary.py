@@ -158,7 +158,7 @@ class SoftmaxMixer(Mixer):
         M, S = q.shape[2], state.keys.shape[2]
         if S:
             k, v = (torch.cat((old.to(new.dtype), new), 2) for old, new in ((state.keys, k), (state.values, v)))
-        positions = _slots(state.length, M, S) if state.ragged else None
+        positions = slot_positions(state.length, M, S) if state.ragged else None
         o = attend(q, k, v, positions=positions, window=self.window)
         return o, self._kept(state, k, v, state.length + M)
 
@@ -177,11 +177,12 @@ class SoftmaxMixer(Mixer):
         """Each sequence alone: a fused causal call each, and no mask over them all."""
         rows = state.split([1] * state.batch)
         if state.ragged:
-            rows = [_trimmed(row) for row in rows]
+            rows = [without_holes(row) for row in rows]
         outputs = []
         for n, (begin, end) in enumerate(pairwise(offsets)):
             if end > begin:
-                o, rows[n] = self._attend(*(each[:, :, begin:end] for each in (q, k, v)), rows[n])
+                tokens = slice(begin, end)
+                o, rows[n] = self._attend(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], rows[n])
                 outputs.append(o)
         return torch.cat(outputs, 2), SoftmaxState.merge(rows)
 
@@ -196,15 +197,15 @@ class SoftmaxMixer(Mixer):
         return self._output(attend(q, k, v, positions=positions, causal=False))
 
 
-def _slots(length: Tensor, m: int, slots: int) -> Positions:
-    """M new tokens after rows that fill only the last length[b] of `slots` slots."""
+def slot_positions(length: Tensor, m: int, slots: int) -> Positions:
+    """Where M new tokens and the slots before them stand, when row b fills only the last length[b] of the slots."""
     empty = (slots - length)[:, None]
     at = torch.arange(slots + m, device=length.device) - empty
     return Positions(at[:, slots:], at.clamp(min=-1)[:, None], holes=True)
 
 
-def _trimmed(row: SoftmaxState) -> SoftmaxState:
-    """One row without its empty slots."""
+def without_holes(row: SoftmaxState) -> SoftmaxState:
+    """A state of one row without its empty slots."""
     slots = row.keys.shape[2]
     first = slots - int(row.length)
     return replace(row, keys=row.keys[:, :, first:], values=row.values[:, :, first:], ragged=False)

@@ -178,7 +178,7 @@ def compact_kernel(
 
 @triton.jit
 def _write(scores, out, lo, hi, threshold, need, larger, equal, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Positions lo .. hi above the threshold, and at it while fewer than `need` were; ranks start at the counts given."""
+    """Positions lo .. hi above the threshold, and at it while fewer than `need` were, behind the counts given."""
     for start in range(lo, hi, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < hi

@@ -1,0 +1,40 @@
+"""H2O's claim in small: a fifth of the cache, half heavy hitters, half recent keys, keeps the model's perplexity where
+recent keys alone, or heavy ones alone, lose it.
+
+    python benchmarks/claims/h2o.py [--length 1024] [--seeds 2]
+"""
+
+from __future__ import annotations
+
+import time
+
+from keeping import arguments, load, next_token, record
+
+from foveate.tasks.perplexity import Perplexity
+
+
+def main() -> None:
+    started, given = time.perf_counter(), arguments(__doc__, length=1024, seeds=2)
+    model, tokenizer = load(given)
+    task = Perplexity(target=64)
+    budget = (given.length - task.target) // 5
+    methods = [
+        "full",
+        f"h2o:budget={budget}",
+        f"h2o:budget={budget},recent={budget}",
+        f"h2o:budget={budget},recent=0",
+        f"h2o:budget={budget},normalize=true",
+    ]
+    rows = next_token(model, tokenizer, methods, task, given)
+    record(
+        "h2o",
+        "20 % of the cache, half heavy hitters and half recent keys, keeps quality",
+        model,
+        given,
+        started,
+        rows=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

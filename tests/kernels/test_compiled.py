@@ -1,0 +1,58 @@
+"""What the launchers launch compiles for Hopper to what was meant: no spills, tensor cores, asynchronous copies.
+
+No GPU is needed. These are facts of the compiler, not times.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(case: str) -> list[dict]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    command = [sys.executable, "-m", "tests.kernels.compiling", case]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("case", ["decode dense 128k", "decode 4096 of 128k", "decode pages", "decode static cache"])
+def test_decode_uses_tensor_cores_and_keeps_two_tiles_in_flight(case):
+    split, merge = compiled(case)
+    assert split["spills"] == 0
+    assert split["mma"] > 0
+    assert split["cp_async"] > 0
+    # Two tiles of keys and of values of 64 x 128 bfloat16.
+    assert split["shared"] >= 2 * 2 * 64 * 128 * 2
+    # Two thread blocks fit on a multiprocessor: 64 Ki registers, 227 KiB of shared memory.
+    assert split["registers"] * split["num_warps"] * 32 * 2 <= 65536
+    assert split["shared"] * 2 <= 227 * 1024
+    assert merge["spills"] == 0
+
+
+def test_a_dense_list_fills_the_device_once():
+    split = compiled("decode dense 128k")[0]
+    blocks = split["grid"][0] * split["grid"][1]
+    assert 2 * 132 * 0.9 <= blocks <= 2 * 132
+
+
+@pytest.mark.parametrize("case, launches", [("topk float32", 5), ("topk bfloat16", 3), ("topk short", 1)])
+def test_topk_launches_few_kernels_that_fit(case, launches):
+    kernels = compiled(case)
+    assert len(kernels) == launches
+    for each in kernels:
+        # The last pass keeps two words on the stack (Triton 3.6); more would be a spilled tile.
+        assert each["stack"] <= 8
+        assert each["registers"] <= 128
