@@ -16,40 +16,35 @@ from keeping import arguments, load, mean, record, retrieval
 
 from foveate.attention.statistics import attention_rows
 from foveate.hf import apply
-from foveate.methods import Method, create
-from foveate.methods.base import Composed
-from foveate.methods.cache import Change
+from foveate.methods import Method
+from foveate.methods.base import describe
+from foveate.methods.cache import Change, Keep, KeepRagged
 from foveate.methods.keep.adakv import AdaKV
 from foveate.methods.keep.snapkv import SnapKV
 from foveate.methods.step import Step
 from foveate.tasks.recall import Recall
 
 
-class Tally(list[float]):
-    """Weights that kept keys hold, one number per layer and example."""
-
-
-def held_mass(model: Any, prompts: list[list[int]], method: Method) -> float:
+def held_mass(model: Any, prompts: list[list[int]], method: SnapKV | AdaKV) -> float:
     """Mean attention that the prompt's last query pays to the keys that `method` keeps."""
-    tally = Tally()
+    tally: list[float] = []
 
     class Probe(Method):
         """Measures what would be kept, and keeps everything."""
 
         def keep(self, step: Step) -> Change | None:
-            change = method.choose(step) if step.phase == "prefill" else None  # type: ignore[attr-defined]
-            if change is not None:
-                weights = attention_rows(step.q[:, :, -1:], step.k, scale=step.scale)[0, :, 0]
-                mask = change.mask[0] if hasattr(change, "mask") else torch.zeros(step.kv_heads, step.cache.stored)
-                if not hasattr(change, "mask"):
-                    mask.scatter_(-1, change.index[0].cpu(), 1.0)
-                tally.append(
-                    float((weights.unflatten(0, (step.kv_heads, -1)).mean(1) * mask.to(weights)).sum(-1).mean())
-                )
+            change = method.choose(step)
+            weights = attention_rows(step.q[:, :, -1:], step.k, scale=step.scale)[0, :, 0]
+            mass = weights.unflatten(0, (step.kv_heads, -1)).mean(1)
+            if isinstance(change, KeepRagged):
+                mass = mass * change.mask[0]
+            elif isinstance(change, Keep):
+                mass = mass.gather(-1, change.index[0])
+            tally.append(float(mass.sum(-1).mean()))
             return None
 
     for ids in prompts:
-        with torch.no_grad(), apply(model, Composed(parts=(Probe(), create("full")))):
+        with torch.no_grad(), apply(model, Probe()):
             model(torch.tensor([ids], device=model.device))
     return mean(tally)
 
@@ -68,7 +63,7 @@ def main() -> None:
             AdaKV(budget=budget, **votes),
             AdaKV(budget=budget, variant="kvpress", **votes),
         ):
-            mass.append({"method": repr(method), "budget": budget, "held_mass": held_mass(model, prompts, method)})
+            mass.append({"method": describe(method), "budget": budget, "held_mass": held_mass(model, prompts, method)})
             print(mass[-1], flush=True)
     options = "window=16,kernel=7,pool=max"
     methods = ["full"]

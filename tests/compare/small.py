@@ -22,4 +22,4 @@ def byte_tokenizer() -> Any:
 
 
 def byte_model(**options: Any) -> Any:
-    return tiny("llama", vocab_size=260, max_position_embeddings=2048, **options)
+    return tiny("llama", **{"vocab_size": 260, "max_position_embeddings": 2048, **options})

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(case: str) -> list[dict]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     command = [sys.executable, "-m", "tests.kernels.compiling", case]

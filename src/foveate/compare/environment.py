@@ -16,6 +16,7 @@ import transformers
 import foveate
 from foveate.compare.memory import kind_of_peak
 from foveate.hf.identity import identify
+from foveate.hf.modules import check_model
 
 # The rooms whose code decides what a cell's numbers are; a change in them makes old cells invalid.
 _DECISIVE = ("attention", "methods", "hf", "tasks", "compare/measure.py", "compare/subject.py", "compare/memory.py")
@@ -73,6 +74,7 @@ def environment(model: Any) -> dict[str, Any]:
 
 def model_facts(model: Any) -> dict[str, Any]:
     """Name, size and attention shape of a model; raises UnsupportedModelError when no method could serve it."""
+    check_model(model)
     identity = identify(model)
     name = str(getattr(model, "name_or_path", "") or "")
     return {

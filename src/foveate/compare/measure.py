@@ -49,7 +49,7 @@ class Timing:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        return self.decode_steps / self.decode_s if self.decode_s > 0 else None
+        return self.decode_steps / self.decode_s if self.decode_steps else None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -100,21 +100,26 @@ class HybridCache(Cache):
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[StateLayer() for _ in range(layers)])
 
+    @property
+    def held(self) -> list[StateLayer]:
+        """The layers, by their own type."""
+        return cast(list[StateLayer], self.layers)
+
     def state(self, layer: int) -> MixerState | None:
         """What layer `layer` knows; None before the first token."""
-        return self.layers[layer].state
+        return self.held[layer].state
 
     def store(self, layer: int, state: MixerState, columns: int) -> None:
-        self.layers[layer].store(state, columns)
+        self.held[layer].store(state, columns)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input read so far, padding included."""
-        return self.layers[layer_idx].seen
+        return self.held[layer_idx].seen
 
     def bytes(self) -> int:
         """Bytes of all states."""
-        return sum(layer.bytes() for layer in self.layers)
+        return sum(layer.bytes() for layer in self.held)
 
     def crop(self, *args: int) -> None:
-        for layer in self.layers:
+        for layer in self.held:
             layer.crop(*args)

@@ -41,14 +41,19 @@ class Calibrated(Method):
     def check_profile(self, profile: Profile) -> None:
         """Rules between options and profile; raise ProfileError or OptionError."""
 
-    def table(self, name: str) -> Tensor:
-        """A tensor of the bound profile."""
+    @property
+    def found(self) -> Profile:
+        """The bound profile."""
         if self.bound is None:
             raise ProfileError(
                 f"{type(self).__name__} has no profile yet: call for_model(identity) (foveate.apply does); "
                 f"{remake(self.calibration)}"
             )
-        return self.bound.tensors[name]
+        return self.bound
+
+    def table(self, name: str) -> Tensor:
+        """A tensor of the bound profile."""
+        return self.found.tensors[name]
 
 
 def check_table(profile: Profile, name: str, shape: tuple[int, ...]) -> Tensor:

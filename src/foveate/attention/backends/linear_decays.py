@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# exp(-1000) is 0 in float64 too, so -inf (a reset) needs no case of its own.
+# exp(-1000) is 0 in float64 too. For -inf (a reset) it avoids the difference -inf - -inf.
 LOWEST = -1000.0
 
 
@@ -70,12 +70,12 @@ class VectorDecay:
     the border between them is a reference,
         exp(G_i - G_j) = exp(sum of g from the border to i) exp(sum of g after j to the border),
     and both exponents are <= 0. log2(C) levels of batched products cover the triangle, the diagonal has no decay.
-    The sums grow with the blocks and are never differences, so they are exact to rounding in any dtype.
+    The sums grow with the blocks and are never differences: exact to rounding in any dtype, and safe for -inf.
     """
 
     def __init__(self, g: Tensor, dtype: torch.dtype) -> None:
         # Per block of the level: sum from its start to i, and from after i to its end.
-        prefix = g.to(dtype).clamp(min=LOWEST)
+        prefix = g.to(dtype)
         suffix = torch.zeros_like(prefix)
         self.levels: list[tuple[Tensor, Tensor]] = []
         half = 1

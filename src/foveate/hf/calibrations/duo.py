@@ -78,13 +78,13 @@ class DuoCalibration(Calibration):
 
     sinks: int = option(16, "first tokens that the gated pass streams over", at_least=0)
     window: int = option(64, "last tokens that the gated pass streams over", at_least=1)
-    steps: int = option(60, "optimiser steps, one prompt each", at_least=1)
+    steps: int = option(80, "optimiser steps, one prompt each", at_least=1)
     lr: float = option(0.05, "AdamW's learning rate at its highest", above=0)
     l1: float = option(0.05, "weight of the mean gate in the loss", at_least=0)
     passkeys: int = option(4, "passkeys per prompt", at_least=1, at_most=len(ORDINALS))
     words: int = option(8, "words per passkey", at_least=1)
-    min_length: int = option(512, "tokens of the shortest context", at_least=1)
-    max_length: int = option(1024, "tokens of the longest context", at_least=1)
+    min_length: int = option(256, "tokens of the shortest context", at_least=1)
+    max_length: int = option(768, "tokens of the longest context", at_least=1)
     seed: int = option(0, "seed of the prompts", at_least=0)
     save_every: int = option(10, "steps between saves of unfinished work", at_least=1)
     text: str | None = option(None, "a UTF-8 file of filler prose; default: the English prose of Python's manual")
@@ -144,7 +144,7 @@ class Training:
         (distance + self.settings.l1 * small).backward()
         self.optimiser.step()
         self.done += 1
-        self.distances.append(float(distance))
+        self.distances.append(distance.item())
         return self.distances[-1]
 
     def save(self, work: Work) -> None:

@@ -13,10 +13,11 @@ from foveate.tasks.text import paragraphs
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 # The spelling alphabet: common words, about one token each, that follow each other in no likely way.
-WORDS = (
-    "alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
-    "sierra tango uniform victor whiskey xray yankee zulu"
-).split()
+ALPHABET = """
+    alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo
+    sierra tango uniform victor whiskey xray yankee zulu
+"""
+WORDS = tuple(ALPHABET.split())
 DEPTHS = 1000
 
 

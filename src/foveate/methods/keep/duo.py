@@ -40,24 +40,13 @@ from foveate.errors import OptionError, ShapeError
 from foveate.methods.cache import Change, DropRagged, KeepRagged
 from foveate.methods.calibrated import Calibrated, check_table, table_profile
 from foveate.methods.profile import ModelIdentity, Profile
+from foveate.methods.ring import Ring
 from foveate.methods.step import Step
 from foveate.options import option
 from foveate.registry import register
 
 # Less than any difference of gates that means something; only orders equal gates.
 TIE = 1e-6
-
-
-@dataclass
-class Ring:
-    """Where a streaming head's last tokens lie in its packed rows; the same for all streaming heads of a sequence.
-
-    rows: int64 [B, window] on the host, rows of the last tokens, oldest first from `oldest` on, round and round.
-    oldest: int64 [B] on the host.
-    """
-
-    rows: Tensor
-    oldest: Tensor
 
 
 @register(
@@ -133,7 +122,9 @@ class Duo(Calibrated):
             held = held if cache.positions is None else cache.positions[:, :1]
             stays = (held < self.sinks) | (held > cutoff[:, None, None])
             mask = stays | full.to(stays.device)[None, :, None]
-            step.state = self._rings([held[b, 0, (stays & (held >= 0))[b, 0]] for b in range(B)])
+            step.state = Ring.of(
+                [held[b, 0, (stays & (held >= 0))[b, 0]] for b in range(B)], self.sinks, [self.window] * B
+            )
             return KeepRagged(mask)
         mask = torch.ones(B, H, cache.stored, dtype=torch.bool, device=step.q.device)
         kept = []
@@ -143,17 +134,8 @@ class Duo(Calibrated):
                 stays = (held < self.sinks) | (held > cutoff[b])
                 mask[b, h, : held.shape[0]] = stays
             kept.append(held[stays])
-        step.state = self._rings(kept)
+        step.state = Ring.of(kept, self.sinks, [self.window] * B)
         return KeepRagged(mask)
-
-    def _rings(self, kept: list[Tensor]) -> Ring:
-        """From the positions that a streaming head of each sequence keeps, in the order of its rows."""
-        rows = torch.arange(self.sinks, self.sinks + self.window).repeat(len(kept), 1)
-        for b, held in enumerate(kept):
-            # A head that is not full yet holds its tokens in order, so the rows above are right when it is.
-            if held.shape[0] == self.sinks + self.window:
-                rows[b] = held.argsort()[self.sinks :].cpu()
-        return Ring(rows, torch.zeros(len(kept), dtype=torch.int64))
 
     def _slide(self, step: Step, full: Tensor) -> Change | None:
         """Evict the oldest token of each streaming head that holds one too many."""
@@ -166,9 +148,7 @@ class Duo(Calibrated):
         for b in range(B):
             if packed.length[b * H + streaming[0]] <= self.sinks + self.window:
                 continue
-            # The newest key, in the last row, moves into the place of the oldest.
-            row = int(ring.rows[b, ring.oldest[b]])
-            ring.oldest[b] = (ring.oldest[b] + 1) % self.window
+            row = ring.turn(b)
             gone += [(b * H + h, row) for h in streaming]
         return DropRagged(tuple(gone)) if gone else None
 

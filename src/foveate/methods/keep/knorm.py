@@ -7,8 +7,8 @@ norm; no attention weight is looked at, so any fused kernel serves the prefill.
     score[j] = -||k_j||_2          float32, rotated keys (rotation leaves norms alone), [B, Hkv, N]
 
 By default once, at the end of the prompt, as in kvpress; `when="always"` evicts after every forward, so that the cache
-never outgrows the budget (the paper's language-modelling setting). `skip_layers` leaves the first layers whole: there
-the paper finds no correlation between norm and attention, and skips two.
+never outgrows the budget (the paper's language-modelling setting). `skip_layers` leaves the first layers whole; the
+authors' code skips two.
 Cost: O(N D) per layer, nothing stored. No recent key is forced: with a small budget the newest can go.
 """
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from foveate.attention.convolutions import toeplitz_matmul
 from foveate.errors import ShapeError
-from foveate.mixers.base import Mixer, MixerState, exact, start_position
+from foveate.mixers.base import Initialised, Mixer, MixerState, exact, start_position
 from foveate.mixers.parts import ShortConvolution
 from foveate.registry import register
 
@@ -45,7 +45,7 @@ class ConvolutionState(MixerState):
         )
 
 
-class LongConvolution(nn.Module):
+class LongConvolution(Initialised):
     """A causal convolution with one filter as long as the sequence for each channel, plus its input."""
 
     def __init__(self, channels: int, length: int, *, implicit: bool, bands: int, hidden: int) -> None:
@@ -58,7 +58,11 @@ class LongConvolution(nn.Module):
             self.taps = None
         else:
             self.filter = None
-            self.taps = nn.Parameter(torch.randn(channels, length) / math.sqrt(length))
+            self.taps = nn.Parameter(torch.empty(channels, length))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {} if self.taps is None else {"taps": torch.randn_like(self.taps) / math.sqrt(self.length)}
 
     def _features(self, length: int, like: Tensor) -> Tensor:
         """z [T, 1 + 2 bands] of the first T taps."""

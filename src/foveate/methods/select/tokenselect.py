@@ -1,0 +1,276 @@
+"""TokenSelect: the query heads vote for single tokens, one set per layer, read at compact positions.  (arXiv 2411.02886)
+
+What attention needs is scattered, so tokens are chosen, not pages. Every cached key is scored by the present queries;
+a softmax turns each head's scores into votes, so that no head outvotes the others by scale, and the tokens with most
+votes are read by all heads, between the first tokens and the last ones. They are read as if they stood side by side:
+positions are ranks, and stay in the range the model was trained on. Neighbouring queries choose alike, so a choice is
+kept until the query has turned away from the one that made it.
+
+    qbar_h = mean over the M queries of R(q_i, local + i)             R: rotary embedding; keys are scored unrotated
+    s[j] = sum over h of softmax_j(scale qbar_h . k_j),  j in [sinks, N - local);  optional max-pool over `kernel`
+    read: the first `sinks`, the `budget` best by s, the last `local`;  all of them, when N <= sinks + budget + local
+    o_i = softmax(R(q_i, L - M + i) . R(k_r, r) / sqrt(D)) v          r: rank among the L = sinks + budget + local
+    keep the choice while cos(qbar, qbar of the choice) >= reuse, all heads as one vector
+
+A prompt is read in chunks of `chunk` queries, each stored, selected for and attended in turn (`prompt=False`: dense).
+N counts the chunk. scale is 1 as in the authors' code; 1/sqrt(D) makes softer votes. The selection cache is theirs
+too, switched off as released (reuse=None), its threshold untested by them; tokens that left the local window since the
+choice was made are not read until the next one. Ties go to the earlier token.
+
+Differs from the authors' code: query head h uses KV head h // G (theirs h mod Hkv, which crosses groups:
+head_map="modulo"); scores are not rounded to bfloat16; batches are served, every row choosing for itself. Unrotated
+keys are stored beside the rotated ones (half as many bytes again, all told): the local window is read as it lies, and
+the chosen tokens alone are rotated to their ranks, the queries turned to match, the two parts merged by their
+log-sum-exps. Layers with a sliding window of their own are dense.
+Cost of a decode step: a new choice O(N Hq D) and a top-k over N, then O(L D); a reused choice O(L D) without a gather.
+State: unrotated keys, and with reuse the chosen keys and values. Needs the rotary embedding (UnsupportedModelError).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention import attend, merge
+from foveate.attention.backends.torch_dense import gather_rows
+from foveate.errors import UnsupportedModelError
+from foveate.methods.base import Method
+from foveate.methods.budgets import slots_of, top_mask
+from foveate.methods.select.reuse import WhenDissimilar
+from foveate.methods.select.scores import query_scores
+from foveate.methods.step import Phase, Reading, RopeLike, Step
+from foveate.options import option
+from foveate.registry import register
+
+UNROTATED = "tokenselect"
+
+
+@dataclass
+class Selection:
+    """One layer's selection cache.
+
+    made: bool [B] on the host. query: [B, Hq, D] qbar. keys, values: [B, Hkv, sinks + budget, D], the first tokens and
+    the chosen ones, keys at their ranks. chosen: [B, budget] int64, their places among a row's tokens.
+    """
+
+    made: Tensor
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    chosen: Tensor
+
+
+@dataclass
+class Part:
+    """Tokens of one row, or of all: q [b, Hq, M, D] at true positions, keys, unrotated keys, values [b, Hkv, N, D]."""
+
+    rows: slice
+    q: Tensor
+    k: Tensor
+    unrotated: Tensor
+    v: Tensor
+
+    def upto(self, start: int, stop: int) -> Part:
+        """The queries [start, stop) and the keys up to the last of them."""
+        n = self.k.shape[2] - self.q.shape[2] + stop
+        keys = (each[:, :, :n] for each in (self.k, self.unrotated, self.v))
+        return Part(self.rows, self.q[:, :, start:stop], *keys)
+
+
+@register(
+    "tokenselect",
+    kind="select",
+    paper="TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV "
+    "Cache Selection",
+    arxiv="2411.02886",
+    year=2024,
+    applies_to="pretrained",
+    exact={"budget": 10**6},
+    small={"sinks": 2, "local": 12, "chunk": 12, "budget": 8},
+    known={"causality": "the queries of a chunk choose together, by the paper's design"},
+)
+@dataclass(frozen=True, kw_only=True)
+class TokenSelect(Method):
+    """Reads the tokens that most attention heads vote for, at compact positions, in prompts and decode steps."""
+
+    acts_in: ClassVar[frozenset[Phase]] = frozenset({"prefill", "extend", "decode"})
+    needs: ClassVar[frozenset[str]] = frozenset({"rope"})
+    alone: ClassVar[bool] = True
+
+    budget: int = option(2048, "tokens chosen between the first and the last ones", at_least=1)
+    sinks: int = option(128, "first tokens, always read", at_least=0)
+    local: int = option(512, "last tokens, always read", at_least=1)
+    chunk: int = option(512, "queries of a prompt that choose together, at most local", at_least=1)
+    scale: float = option(1.0, "factor of the scores before the vote's softmax", above=0)
+    kernel: int = option(1, "width over which the votes are max-pooled, odd", at_least=1)
+    reuse: float | None = option(
+        0.9, "similarity of queries from which on a choice serves again; None: choose at every step", at_least=-1
+    )
+    prompt: bool = option(True, "select in prompts too")
+    head_map: str = option(
+        "group", "KV head of a query head: h // G, or h mod Hkv as in the authors' kernel", one_of=("group", "modulo")
+    )
+
+    def check(self) -> None:
+        if self.kernel % 2 == 0:
+            raise self.refuse("kernel", "an odd number")
+        if self.chunk > self.local:
+            raise self.refuse("chunk", f"<= local={self.local}: a longer chunk would lose its own first tokens")
+
+    @property
+    def most(self) -> int:
+        """Tokens that one query reads at most, and so the length up to which it reads all."""
+        return self.sinks + self.budget + self.local
+
+    # --- one step
+
+    def attend(self, step: Step) -> Tensor:
+        if step.window is not None:
+            return step.attend()
+        if step.rope is None:
+            raise UnsupportedModelError("TokenSelect moves keys, and this model's rotary embedding is not known")
+        self._store_unrotated(step, step.rope)
+        if step.cache.stored <= self.most or (step.m > 1 and not self.prompt):
+            return step.attend()
+        if not step.cache.holes:
+            unrotated = step.cache.extra(UNROTATED)
+            return self._attend_part(step, step.rope, Part(slice(None), step.q, step.k, unrotated, step.v))
+        out = torch.zeros(*step.q.shape[:3], step.v.shape[-1], dtype=step.q.dtype, device=step.q.device)
+        for row in range(step.q.shape[0]):
+            real = step.query_positions()[row] >= 0
+            if bool(real.any()):
+                out[row, :, real] = self._attend_part(step, step.rope, self._row(step, row, real))[0]
+        return out
+
+    @staticmethod
+    def _store_unrotated(step: Step, rope: RopeLike) -> None:
+        if step.cache.has_extra(UNROTATED):
+            step.cache.extra(UNROTATED)[:, :, -step.m :] = step.unrotated()[1]
+        else:
+            at = step.positions.keys(step.cache.stored, step.q.device).clamp_min(0)
+            step.cache.set_extra(UNROTATED, rope.unrotate(step.k, at[:, 0]))
+
+    @staticmethod
+    def _row(step: Step, row: int, real: Tensor) -> Part:
+        """One sequence of a padded batch without its padding."""
+        here = slice(row, row + 1)
+        slots = (step.cache.positions_or_fail()[row, 0] >= 0).nonzero()[:, 0]
+        first, n = int(slots[0]), slots.numel()
+
+        def held(x: Tensor) -> Tensor:
+            unbroken = int(slots[-1]) - first + 1 == n
+            return x[here].narrow(2, first, n) if unbroken else x[here].index_select(2, slots)
+
+        return Part(here, step.q[here][:, :, real], held(step.k), held(step.cache.extra(UNROTATED)), held(step.v))
+
+    def _attend_part(self, step: Step, rope: RopeLike, part: Part) -> Tensor:
+        """Chunk by chunk; the first ones, where everything fits, in one dense call."""
+        M, before = part.q.shape[2], part.k.shape[2] - part.q.shape[2]
+        stops = [*range(self.chunk, M, self.chunk), M]
+        dense = max((stop for stop in stops if before + stop <= self.most), default=0)
+        outputs = []
+        if dense:
+            fits = part.upto(0, dense)
+            outputs.append(self._read(step, fits.q, fits.k, fits.v))
+        starts = [0, *stops[:-1]]
+        for start, stop in zip(starts, stops):
+            if stop > dense:
+                outputs.append(self._attend_chunk(step, rope, part.upto(start, stop)))
+        self._record(step, part, dense)
+        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+
+    def _attend_chunk(self, step: Step, rope: RopeLike, part: Part) -> Tensor:
+        M, N, device = part.q.shape[2], part.k.shape[2], part.q.device
+        unrotated = rope.unrotate(part.q, torch.arange(N - M, N, device=device)[None])
+        keys, values = self._chosen(step, rope, part, unrotated)
+        turned = rope.rotate(unrotated, torch.arange(self.most - M, self.most, device=device)[None])
+        far = attend(
+            turned, keys, values, scale=step.scale, softcap=step.softcap, causal=False, return_lse=True
+        )
+        near = self._read(step, part.q, part.k[:, :, -self.local :], part.v[:, :, -self.local :], return_lse=True)
+        return merge([far[0], near[0]], [far[1], near[1]])[0]
+
+    @staticmethod
+    def _read(step: Step, q: Tensor, k: Tensor, v: Tensor, return_lse: bool = False):  # type: ignore[no-untyped-def]
+        return attend(q, k, v, scale=step.scale, sink=step.sink, softcap=step.softcap, return_lse=return_lse)
+
+    def _record(self, step: Step, part: Part, dense: int) -> None:
+        if not step.run.record:
+            return
+        M, N = part.q.shape[2], part.k.shape[2]
+        visible = M * (N - M) + M * (M + 1) / 2
+        read = dense * (N - M) + dense * (dense + 1) / 2
+        starts = range(dense, M, self.chunk)
+        for m in (min(self.chunk, M - start) for start in starts):
+            read += m * (self.most - m) + m * (m + 1) / 2
+        share = part.q.shape[0] / step.q.shape[0]
+        step.run.readings.append(Reading(step.layer, step.phase, read * share, visible * share))
+
+    # --- the choice
+
+    def _chosen(self, step: Step, rope: RopeLike, part: Part, unrotated: Tensor) -> tuple[Tensor, Tensor]:
+        """The first tokens and the chosen ones, keys at their ranks: [b, Hkv, sinks + budget, D]."""
+        query = self.mean_query(unrotated, rope)
+        if self.reuse is None:
+            return self._gather(rope, part, self.votes_for(query, part.unrotated))
+        if step.state is None:
+            step.state = self._empty(step)
+        state, rows = step.state, part.rows
+        due = ~state.made[rows] | WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows])
+        if bool(due.any()):
+            chosen = self.votes_for(query, part.unrotated)
+            keys, values = self._gather(rope, part, chosen)
+            pairs = ((state.query, query), (state.keys, keys), (state.values, values), (state.chosen, chosen))
+            fresh = None if bool(due.all()) else due.to(query.device)
+            for held, new in pairs:
+                if fresh is not None:
+                    new = torch.where(fresh.view(-1, *[1] * (new.dim() - 1)), new, held[rows])
+                held[rows] = new
+            state.made[rows] |= due
+        return state.keys[rows], state.values[rows]
+
+    def _empty(self, step: Step) -> Selection:
+        B, H = step.cache.shape
+        far = self.sinks + self.budget
+        return Selection(
+            torch.zeros(B, dtype=torch.bool),
+            step.q.new_zeros(B, step.q.shape[1], step.q.shape[-1]),
+            step.k.new_zeros(B, H, far, step.k.shape[-1]),
+            step.v.new_zeros(B, H, far, step.v.shape[-1]),
+            torch.zeros(B, self.budget, dtype=torch.int64, device=step.q.device),
+        )
+
+    def _gather(self, rope: RopeLike, part: Part, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        b, H = part.k.shape[:2]
+        first = torch.arange(self.sinks, device=chosen.device).expand(b, -1)
+        index = torch.cat((first, chosen), 1)[:, None].expand(-1, H, -1)
+        ranks = torch.arange(index.shape[-1], device=chosen.device)[None]
+        return rope.rotate(gather_rows(part.unrotated, index), ranks), gather_rows(part.v, index)
+
+    def mean_query(self, q: Tensor, rope: RopeLike) -> Tensor:
+        """qbar of unrotated q [B, Hq, M, D]: [B, Hq, D]."""
+        at = torch.arange(self.local, self.local + q.shape[2], device=q.device)[None]
+        return rope.rotate(q, at).mean(2)
+
+    def votes_for(self, query: Tensor, k: Tensor) -> Tensor:
+        """The `budget` middle tokens with most votes, ascending: qbar [B, Hq, D], unrotated k -> int64 [B, budget]."""
+        middle = k[:, :, self.sinks : k.shape[2] - self.local]
+        if self.head_map == "modulo":
+            query = query.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
+        votes = query_scores(query, middle).mul_(self.scale).softmax(-1).sum(1, keepdim=True)
+        if self.kernel > 1:
+            votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        return slots_of(top_mask(votes, self.budget))[:, 0] + self.sinks
+
+    def select(self, q: Tensor, k: Tensor, rope: RopeLike) -> Tensor:
+        """What the last M of N tokens read: unrotated q [B, Hq, M, D], k [B, Hkv, N, D] -> int64 [B, n] ascending."""
+        B, N = k.shape[0], k.shape[2]
+        order = torch.arange(N, device=k.device).expand(B, -1)
+        if self.most >= N:
+            return order
+        middle = self.votes_for(self.mean_query(q, rope), k)
+        return torch.cat((order[:, : self.sinks], middle, order[:, N - self.local :]), 1)

@@ -1,0 +1,169 @@
+"""TokenSelect against the definition on unrotated keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.attention import Rope, attend
+from foveate.errors import OptionError, UnsupportedModelError
+from foveate.methods import SingleLayer
+from foveate.methods.select.reuse import similarity
+from foveate.methods.select.tokenselect import TokenSelect
+
+ROPE = Rope(16)
+SMALL = {"sinks": 3, "local": 10, "chunk": 10, "budget": 6}
+
+
+def draw(tokens: int, batch: int = 1) -> tuple[Tensor, ...]:
+    """Unrotated q [B, 4, T, 16], k, v [B, 2, T, 16]."""
+    return tuple(torch.randn(batch, heads, tokens, 16) for heads in (4, 2, 2))
+
+
+def run(method: TokenSelect, qkv: tuple[Tensor, ...], spans: list[int]) -> tuple[Tensor, SingleLayer]:
+    layer = SingleLayer(method, rope=ROPE)
+    outputs, start = [], 0
+    for count in spans:
+        q, k, v = (each[:, :, start : start + count] for each in qkv)
+        at = torch.arange(start, start + count)[None]
+        outputs.append(layer(ROPE.rotate(q, at), ROPE.rotate(k, at), v))
+        start += count
+    return torch.cat(outputs, 2), layer
+
+
+def vote(qbar: Tensor, middle: Tensor, method: TokenSelect) -> list[int]:
+    """qbar [4, 16], middle [2, n, 16]: the chosen places in the middle."""
+    votes = torch.zeros(middle.shape[1])
+    for h in range(4):
+        kv = h // 2 if method.head_map == "group" else h % 2
+        votes += (method.scale * (middle[kv] @ qbar[h])).softmax(0)
+    assert abs(float(votes.sum()) - 4) < 1e-4
+    half = method.kernel // 2
+    pooled = torch.stack([votes[max(0, j - half) : j + half + 1].max() for j in range(votes.shape[0])])
+    return pooled.argsort(descending=True, stable=True)[: method.budget].sort().values.tolist()
+
+
+def brute(qkv: tuple[Tensor, ...], spans: list[int], method: TokenSelect) -> Tensor:
+    """One sequence, chunk by chunk."""
+    q, k, v = (each[0] for each in qkv)
+    outputs, start, last, kept = [], 0, None, None
+    chunks = [min(method.chunk, span - begin) for span in spans for begin in range(0, span, method.chunk)]
+    for count in chunks:
+        N = start + count
+        if method.most >= N:
+            read = list(range(N))
+        else:
+            at = torch.arange(method.local, method.local + count)[None]
+            qbar = ROPE.rotate(q[None, :, start:N], at)[0].mean(1)
+            fresh = method.reuse is None or last is None or similarity(qbar[None], last[None], flat=True) < method.reuse
+            if fresh:
+                kept, last = vote(qbar, k[:, method.sinks : N - method.local], method), qbar
+            read = [*range(method.sinks), *(j + method.sinks for j in kept), *range(N - method.local, N)]
+        ranks = torch.arange(len(read))[None]
+        keys = ROPE.rotate(k[None, :, read], ranks)[0].repeat_interleave(2, 0)
+        queries = ROPE.rotate(q[None, :, start:N], ranks[:, -count:])[0]
+        scores = queries @ keys.transpose(-1, -2) / 4
+        seen = torch.arange(len(read)) <= torch.arange(len(read))[-count:, None]
+        outputs.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, read].repeat_interleave(2, 0))
+        start = N
+    return torch.cat(outputs, 1)[None]
+
+
+SPANS = {"prompt and tokens": [47] + [1] * 8, "tokens": [1] * 45, "pieces": [18, 25, 1, 1, 7, 1, 1]}
+
+
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reuse": None},
+        {"reuse": 0.3},
+        {"reuse": -1.0},
+        {"reuse": 1.5},
+        {"reuse": None, "kernel": 3, "scale": 0.25},
+        {"reuse": None, "head_map": "modulo"},
+        {"reuse": None, "sinks": 0, "local": 7, "chunk": 4},
+    ],
+)
+def test_equals_the_definition(options: dict[str, object], spans: list[int]) -> None:
+    method = TokenSelect(**{**SMALL, **options})  # type: ignore[arg-type]
+    qkv = draw(sum(spans))
+    torch.testing.assert_close(run(method, qkv, spans)[0], brute(qkv, spans, method), rtol=1e-4, atol=1e-5)
+
+
+def test_everything_that_fits_is_ordinary_attention() -> None:
+    qkv = draw(30)
+    at = torch.arange(30)[None]
+    dense = attend(ROPE.rotate(qkv[0], at), ROPE.rotate(qkv[1], at), qkv[2])
+    for spans in ([30], [20] + [1] * 10, [12, 18]):
+        out, _ = run(TokenSelect(**{**SMALL, "budget": 17}), qkv, spans)
+        torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_batch_choose_and_reuse_for_themselves() -> None:
+    method = TokenSelect(**SMALL, reuse=0.2)
+    spans = [40] + [1] * 10
+    qkv = draw(50, batch=3)
+    batch, _ = run(method, qkv, spans)
+    for row in range(3):
+        own = tuple(each[row : row + 1] for each in qkv)
+        torch.testing.assert_close(batch[row : row + 1], brute(own, spans, method), rtol=1e-4, atol=1e-5)
+
+
+def test_padded_rows_equal_single_ones() -> None:
+    method = TokenSelect(**SMALL, reuse=0.2)
+    pads, tokens = torch.tensor([0, 13, 30]), 50
+    qkv = draw(tokens, batch=3)
+    at = (torch.arange(tokens)[None] - pads[:, None]).clamp_min(-1)
+    q, k = (ROPE.rotate(each, at.clamp_min(0)) for each in qkv[:2])
+    layer = SingleLayer(method, rope=ROPE)
+    spans = [slice(0, 40), *(slice(t, t + 1) for t in range(40, tokens))]
+    batch = torch.cat([layer(q[:, :, s], k[:, :, s], qkv[2][:, :, s], positions=at[:, s]) for s in spans], 2)
+    for row, pad in enumerate(pads.tolist()):
+        own = tuple(each[row : row + 1, :, pad:] for each in qkv)
+        expected = brute(own, [40 - pad] + [1] * 10, method)
+        torch.testing.assert_close(batch[row : row + 1, :, pad:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kept_choice_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = TokenSelect.votes_for
+    monkeypatch.setattr(TokenSelect, "votes_for", lambda *given: (calls.append(1), original(*given))[1])
+    for reuse, expected in ((1.5, 20), (-1.0, 1), (None, 20)):
+        calls.clear()
+        run(TokenSelect(**SMALL, reuse=reuse, prompt=False), draw(50), [30] + [1] * 20)
+        assert len(calls) == expected
+
+
+def test_positions_stay_compact() -> None:
+    """Text far away that is not chosen leaves the output as if it had never been there."""
+    method = TokenSelect(sinks=2, local=6, chunk=6, budget=2, reuse=None)
+    q, k, v = draw(80)
+    k[:, :, 2:74] = -5 * q[:, ::2, 79:].expand(-1, -1, 72, -1)
+    k[:, :, [2, 3]] = 8 * q[:, ::2, 79:]
+    k[:, :, [40, 41]], v[:, :, [40, 41]] = k[:, :, [2, 3]], v[:, :, [2, 3]]
+    outputs = []
+    for cut in (list(range(2, 40)), list(range(4, 42))):
+        rest = [j for j in range(80) if j not in cut]
+        own = tuple(each[:, :, rest] for each in (q, k, v))
+        outputs.append(run(method, own, [len(rest) - 1, 1])[0][:, :, -1])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_stored_bytes_hold_the_unrotated_keys_once() -> None:
+    _, layer = run(TokenSelect(**SMALL, reuse=None), draw(200), [200])
+    keys = layer.cache.keys.numel() * 4
+    assert 3 * keys <= layer.cache.bytes() <= 3.6 * keys
+
+
+def test_bad_options() -> None:
+    with pytest.raises(OptionError, match="chunk=20, allowed: <= local=10"):
+        TokenSelect(**{**SMALL, "chunk": 20})
+    with pytest.raises(OptionError, match="kernel=2, allowed: an odd number"):
+        TokenSelect(kernel=2)
+
+
+def test_an_unknown_rotary_embedding_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="rotary embedding is not known"):
+        SingleLayer(TokenSelect(**SMALL))(*draw(4))

@@ -1,0 +1,67 @@
+"""Small instances of every registered mixer, and what the conformance suite needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.mixers.base import Mixer, create_mixer
+from foveate.registry import Card, cards
+
+DIM, HEADS, TOKENS = 16, 2, 24
+MIXERS = cards(kind="mixer")
+
+
+def build(card: Card, dtype: torch.dtype = torch.float64, **options: Any) -> Mixer:
+    """The mixer in the middle of a model of three layers, with the options its card gives for small inputs.
+
+    Vectors and gains that start at 0 or 1 are moved, so that leaving one out is seen.
+    """
+    torch.manual_seed(3)
+    given = {"dim": DIM, "heads": HEADS, "layer": 1, "layers": 3, **(card.small or {}), **options}
+    mixer = create_mixer(card.name, **given).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixer
+
+
+def tokens(rows: int = 3, length: int = TOKENS, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(rows, length, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def conforming(check: str, *, having: Callable[[Card], bool] = lambda card: True) -> pytest.MarkDecorator:
+    """Parametrise over the mixers that a check applies to; one whose card says that it fails it must fail."""
+    chosen = []
+    for card in MIXERS:
+        if having(card):
+            marks = [pytest.mark.xfail(reason=card.known[check], strict=True)] if check in card.known else []
+            chosen.append(pytest.param(card, id=card.name, marks=marks))
+    return pytest.mark.parametrize("card", chosen)
+
+
+def has(pattern: str) -> Callable[[Card], bool]:
+    return lambda card: pattern in card.target.patterns  # type: ignore[attr-defined]
+
+
+def run(mixer: Mixer, x: Tensor, sizes: list[int], **options: Any) -> tuple[Tensor, Any]:
+    """The outputs of consecutive calls, joined, and the last state."""
+    state, outputs = options.pop("state", None), []
+    for piece in x.split(sizes, 1):
+        y, state = mixer(piece, state=state, **options)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    state.map(lambda each: found.append(each) or each)
+    return found
