@@ -110,6 +110,8 @@ def option(
 
 
 def _accepted(annotation: Any) -> tuple[type, ...]:
+    if annotation is Any:
+        return ()
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         return tuple(kind for part in typing.get_args(annotation) for kind in _accepted(part))

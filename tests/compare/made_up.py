@@ -29,7 +29,7 @@ def made_up(
         for length in lengths:
             made = {name: _row(draw, name, share, task, length, layers, heads) for name, share in METHODS.items()}
             if refused is not None:
-                dead = {key: None for key in made["dense"]} | {
+                dead = dict.fromkeys(made["dense"]) | {
                     key: made["dense"][key] for key in ("task", "length", "seeds", "query_aware")
                 }
                 message = "UnsupportedModelError: Tiny</script><b>Model</b> cannot be served"

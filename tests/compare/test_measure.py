@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from foveate.compare.measure import Measured, Ways, measure, warm_up
+from foveate.compare.memory import quick_collections
 from foveate.compare.subject import Subject, kept_shares, on
 from foveate.errors import FoveateError
 from foveate.tasks.base import Example, Turn
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_collections():
+        yield
+
 
 CONTEXT = tuple(range(10, 130))
 QUESTIONS = ((5, 6, 7, 8), (20, 21, 22), (90, 91))

@@ -145,9 +145,7 @@ def test_a_second_run_reuses_every_cell_and_says_so(
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_other_settings_find_no_old_cells(
-    model: Any, tokenizer: Any, tmp_path: Path, changed: dict[str, Any]
-) -> None:
+def test_other_settings_find_no_old_cells(model: Any, tokenizer: Any, tmp_path: Path, changed: dict[str, Any]) -> None:
     run(model, tokenizer, tmp_path, seeds=[0])
     assert run(model, tokenizer, tmp_path, **{"seeds": [0], **changed}).settings["cells_reused"] == 0
 
@@ -216,9 +214,7 @@ def test_a_full_disk_while_saving_leaves_the_old_results(
 def test_a_method_that_refuses_has_a_row_and_the_others_go_on(
     model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = compare(
-        model, tokenizer, ["duo", SNAP], ["passkey"], lengths=256, seeds=1, out=tmp_path, progress=True
-    )
+    found = compare(model, tokenizer, ["duo", SNAP], ["passkey"], lengths=256, seeds=1, out=tmp_path, progress=True)
     assert [row["method"] for row in found.rows] == ["dense", "duo", SNAP]
     refused = found.rows[1]
     assert set(refused) == FIELDS

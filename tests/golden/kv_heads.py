@@ -10,9 +10,11 @@ from torch import Tensor
 
 from foveate.attention import Rope
 from foveate.methods.calibrated import table_profile
+from foveate.methods.keep.compresskv import CompressKV, layer_budgets
 from foveate.methods.keep.duo import Duo, gated_mix, sparsify_heads, streaming_attention, streaming_plan
 from foveate.methods.profile import ModelIdentity
 from foveate.methods.single import SingleLayer
+from foveate.probes.retrieval_heads import semantic_hits
 from tests.golden.kv_models import model_generate, tiny_llama
 
 
@@ -85,7 +87,50 @@ def duo_model(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, T
     return model_generate(config, tensors, method)
 
 
+def budget_allocation(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    budgets = layer_budgets(
+        tensors["layer_error"].tolist(), config["mean_budget"], config["min_tokens"], config["max_tokens"]
+    )
+    return {"budgets": torch.tensor(budgets, dtype=torch.int32)}
+
+
+def prompt_select(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    ranking = tensors["head_ranking"].long()
+    layers, Hq = ranking.shape
+    identity = ModelIdentity("golden", layers, Hq, config["n_kv_heads"], tensors["k"].shape[-1], "none")
+    scores = torch.zeros(layers, Hq).scatter_(1, ranking, torch.arange(Hq, 0, -1.0).expand(layers, -1))
+    profile = table_profile("compresskv", identity, semantic=scores, error=torch.full((layers,), 1 / layers))
+    made = {}
+    for layer, budget in enumerate(config["layer_budgets"]):
+        method = CompressKV(
+            profile=profile,
+            budget=budget,
+            window=config["window"],
+            kernel=config["kernel"],
+            pool=config["pooling"],
+            first_k=config["first_k"],
+            allocate=False,
+        )
+        single = SingleLayer(method.for_model(identity), layer=layer, layers=layers)
+        q, k = tensors["q"][layer], tensors["k"][layer]
+        single(q, k, k)
+        kept = [single.cache.kept_positions(row, 0) for row in range(q.shape[0])]
+        made[f"keep.{layer}"] = torch.stack(kept).int()
+    return made
+
+
+def semantic_head_score(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    span = config["needle_start"], config["needle_end"]
+    ids = tensors["prompt_ids"]
+    steps = zip(tensors["attention"], tensors["generated"].tolist())
+    scores = torch.stack([semantic_hits(rows, ids, *span, token) for rows, token in steps]).sum(0)
+    return {"scores": scores, "ranking": scores.argsort(dim=1, descending=True, stable=True).int()}
+
+
 ADAPTERS = {
+    "compresskv/budget_allocation": budget_allocation,
+    "compresskv/prompt_select": prompt_select,
+    "compresskv/semantic_head_score": semantic_head_score,
     "duo-attention/sparsify_heads": sparsify,
     "duo-attention/streaming_mask": streaming_mask,
     "duo-attention/gated_two_way": gated_two_way,

@@ -35,7 +35,10 @@ def stream_reindexed(config: Config, tensors: Tensors) -> Tensors:
     outputs, lengths, start = [], [], 0
     for count in config["chunks"]:
         x = tensors["x"][:, start : start + count]
-        q, k, v = (F.linear(x, tensors[name]).unflatten(-1, (-1, config["head_dim"])).transpose(1, 2) for name in ("wq", "wk", "wv"))
+        q, k, v = (
+            F.linear(x, tensors[name]).unflatten(-1, (-1, config["head_dim"])).transpose(1, 2)
+            for name in ("wq", "wk", "wv")
+        )
         at = torch.arange(start, start + count)[None]
         o = layer(rope.rotate(q, at), rope.rotate(k, at), v)
         outputs.append(F.linear(o.transpose(1, 2).flatten(2), tensors["wo"]))

@@ -13,6 +13,7 @@ from foveate.methods.full import Full
 from foveate.methods.keep.adakv import AdaKV, prune_lowest
 from foveate.methods.keep.expected_attention import ExpectedAttention
 from foveate.methods.keep.h2o import ObservedAttention
+from foveate.methods.keep.knorm import KNorm
 from foveate.methods.keep.pyramidkv import PyramidKV, falling_budget
 from foveate.methods.keep.snapkv import SnapKV
 from foveate.methods.prompt import PromptKeep
@@ -170,6 +171,10 @@ def test_refusals() -> None:
         create("adakv:base=nothing")
     with pytest.raises(OptionError, match=r"allowed: a method with scores of its own"):
         AdaKV(base=AdaKV())
+    with pytest.raises(OptionError, match=r"allowed: SnapKV with one score per KV head"):
+        AdaKV(base=SnapKV(per_query_head=True))
+    with pytest.raises(OptionError, match=r"normalize=True, allowed: only with a base whose scores are shares"):
+        lengths(AdaKV(budget=14, base=KNorm(), normalize=True), random_qkv())
     with pytest.raises(OptionError, match=r"budget=32, allowed: > window=32"):
         AdaKV(budget=32)
     with pytest.raises(OptionError, match=r"floor=1.5, allowed: >= 0 and <= 1"):

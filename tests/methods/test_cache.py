@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.errors import StateError, UnsupportedCacheError
-from foveate.methods.budgets import adaptive_budgets, pyramid_budget, slots_of, top_mask
+from foveate.methods.budgets import pyramid_budget, slots_of, top_mask
 from foveate.methods.cache import Drop, DropRagged, Keep, KeepRagged, LayerCache
+from foveate.methods.keep.adakv import head_budgets
 from foveate.methods.storage import Segments
 
 
@@ -158,11 +159,11 @@ def test_budgets() -> None:
     total = sum(pyramid_budget(layer, layers, capacity, window, beta, 10**6) for layer in range(layers))
     assert abs(total - layers * (capacity - window)) <= layers * layers
     assert {pyramid_budget(layer, layers, capacity, window, 1, 10**6) for layer in range(layers)} == {80}
-    same = torch.arange(50.0)[None, None].expand(1, 4, 50)
-    assert adaptive_budgets(same, 10, 0.2).tolist() == [[10, 10, 10, 10]]
-    uneven = torch.zeros(1, 2, 50)
-    uneven[0, 0] = torch.rand(50) + 1
-    assert adaptive_budgets(uneven, 10, 0.2).tolist() == [[round(20 * 0.8 + 2), 2]]
+    same = torch.arange(50.0).expand(4, 50)
+    assert head_budgets(same, 10, 0.2, False).tolist() == [10, 10, 10, 10]
+    uneven = torch.zeros(2, 50)
+    uneven[0] = torch.rand(50) + 1
+    assert head_budgets(uneven, 10, 0.2, False).tolist() == [round(20 * 0.8 + 2), 2]
 
 
 def test_segments_append_some_of_each() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -172,7 +173,7 @@ def test_costs_rise_with_trials_length_and_budget_and_memory_takes_over() -> Non
     assert (share.diff() > 0).all()
     assert (MODEL.dense(256, lengths, 8) > dense).all()
     costs = [MODEL.topk(256, 8000, budget=b) for b in (128, 512, 2048)]
-    assert all((a < b).all() for a, b in zip(costs, costs[1:]))
+    assert all((a < b).all() for a, b in itertools.pairwise(costs))
     searched = MODEL.block_topk(256, 8000, local=64, block=16, blocks=28)
     assert (searched > MODEL.topk(256, 8000, budget=512)).all()
     assert searched.sum() < MODEL.dense(256, 8000).sum()

@@ -122,17 +122,17 @@ def test_the_switch_of_multi_turn_changes_no_token_of_plain_prompts() -> None:
 
 def test_recall_holds_each_key_once() -> None:
     context, questions, example = made(Recall(queries=3), 2500)
-    pairs = re.findall(r"The number of ([\w-]+) is (\d{4})\.", context)
+    pairs = re.findall(r"^([\w-]+): (\d{4})$", context, re.MULTILINE)
     assert len({key for key, _ in pairs}) == len(pairs) == example.meta["filler_units"] + 3
     for question, turn in zip(questions, example.turns, strict=True):
-        key = re.findall(r"The number of ([\w-]+) is$", question)[0]
-        assert turn.answers == (dict(pairs)[key],)
+        assert question.startswith("\n")
+        assert turn.answers == (dict(pairs)[question[1:-1]],)
     assert not Recall().turns_share_cache
 
 
 def test_recall_spreads_a_number_of_pairs_over_prose() -> None:
     context, _, example = made(Recall(pairs=6), 2500)
-    assert len(re.findall(r"The number of [\w-]+ is \d{4}\.", context)) == 6
+    assert len(re.findall(r"^[\w-]+: \d{4}$", context, re.MULTILINE)) == 6
     assert example.depth == depth_of(4)
 
 

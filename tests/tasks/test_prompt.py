@@ -31,7 +31,7 @@ def text_of(ids: tuple[int, ...]) -> str:
 
 
 def draft(body: Any, most: int | None = None) -> Draft:
-    return Draft(body, "xyz", (Question("q", "c", ("answer",)),), most)
+    return Draft(body, " xyz", (Question("q", "c", ("answer",)),), most)
 
 
 def fit(body: Any, length: int, **options: Any) -> tuple[str, int]:
@@ -63,20 +63,20 @@ def test_an_end_of_units_is_an_error_that_names_it() -> None:
 
 
 def test_a_tokenizer_without_tokens_for_the_padding_is_refused() -> None:
-    with pytest.raises(OptionError, match="makes no tokens of 'xyz'"):
+    with pytest.raises(OptionError, match="makes no tokens of ' xyz'"):
         assemble("t", Letters("xyz "), draft(lambda k: "abcd" * k), 21, chat=False, on_one_cache=True)
 
 
 def test_the_number_of_new_tokens_covers_the_answer() -> None:
     question = Question("q", "c", ("four", "eleven char"))
     _, questions, _ = assemble(
-        "t", Letters(), Draft(lambda k: "", "xyz", (question,)), 5, chat=False, on_one_cache=True
+        "t", Letters(), Draft(lambda k: "", " xyz", (question,)), 5, chat=False, on_one_cache=True
     )
     assert questions[0][1] >= len(" four, and eleven char")
 
 
 def test_plain_frames_add_nothing() -> None:
-    assert frame("t", tokenizer("byte-level"), False) == Frame("", " ", "", True)
+    assert frame("t", tokenizer("byte-level"), False) == Frame("", "", "", True)
     assert beginning(tokenizer("byte-level")) == []
     assert beginning(tokenizer("metaspace")) == [tokenizer("metaspace").bos_token_id]
 

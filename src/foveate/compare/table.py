@@ -26,8 +26,9 @@ def comparison_table(rows: Sequence[Row], break_even: Sequence[Mapping[str, Any]
     table = _table(_caption(rows, break_even))
     for task in tasks:
         perplexity = any(row["perplexity"] is not None for row in rows if row["task"] == task)
-        table.add_column(_heading(task, perplexity), justify="right")
-    for name in ("first\ntoken", "\ndecode", "\ncache", "of\ndense", "\ndensity"):
+        table.add_column(_heading(task, perplexity), justify="right", no_wrap=True)
+    power = _power(max((row["cache_bytes"] or 0 for row in rows), default=0))
+    for name in ("first\ntoken", "\ndecode", f"cache\n{_UNITS[power]}", "of\ndense", "\ndensity"):
         table.add_column(name, justify="right", no_wrap=True)
     for length in lengths:
         at_length = [row for row in rows if row["length"] == length]
@@ -35,20 +36,17 @@ def comparison_table(rows: Sequence[Row], break_even: Sequence[Mapping[str, Any]
             table.add_row(Text(f"{length:,} tokens", style="italic"))
         for method in _unique(at_length, "method"):
             own = [row for row in at_length if row["method"] == method]
-            table.add_row(_name(method), *_scores(own, tasks), *_costs(own), style=_style(method))
+            table.add_row(Text(method), *_scores(own, tasks), *_costs(own, power), style=_style(method))
         table.add_section()
     return table
 
 
 def _table(caption: Text | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=caption, caption_justify="left")
-    table.add_column("\nmethod", overflow="fold", min_width=16)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, caption=caption, caption_justify="left"
+    )
+    table.add_column("\nmethod", overflow="fold", min_width=8)
     return table
-
-
-def _name(method: str) -> Text:
-    # A zero-width space lets a long composition break after its signs.
-    return Text("".join(f"{each}\u200b" if each in "+:," else each for each in method))
 
 
 def _style(method: str) -> str:
@@ -59,6 +57,8 @@ def _heading(task: str, perplexity: bool) -> str:
     """A task's name in two short lines: options and "perplexity" below, a long name broken at its dash."""
     name, _, options = task.partition(":")
     below = "(perplexity)" if perplexity and name != "perplexity" else options
+    if not below and name == "perplexity":
+        return "perplex-\nity"
     if not below and "-" in name:
         name, below = name.split("-", 1)
         name += "-"
@@ -79,15 +79,16 @@ def _scores(own: Sequence[Row], tasks: Sequence[str]) -> list[str]:
     return shown
 
 
-def _costs(own: Sequence[Row]) -> list[str]:
+def _costs(own: Sequence[Row], power: int) -> list[str]:
     first = ratio(own, "dense_ttft_s", "ttft_s")
     decode = ratio(own, "decode_tokens_per_s", "dense_decode_tokens_per_s")
     share = ratio(own, "cache_bytes", "dense_cache_bytes")
+    held = _mean(row["cache_bytes"] for row in own)
     density = _mean(row["density"] for row in own)
     return [
         _number(first, "{:.2f}x"),
         _number(decode, "{:.2f}x"),
-        size(_mean(row["cache_bytes"] for row in own)),
+        "-" if held is None else f"{held / 1024**power:.1f}",
         _number(share, "{:.2f}"),
         _number(density, "{:.3f}"),
     ]
@@ -99,14 +100,12 @@ def ratio(rows: Iterable[Row], above: str, below: str) -> float | None:
     return median(found) if found else None
 
 
-def size(count: float | None) -> str:
-    """Bytes in the unit that fits: 12.3 MiB."""
-    if count is None:
-        return "-"
+def _power(count: float) -> int:
+    """The unit that fits: 2 for MiB."""
     power = 0
     while count >= 1024 and power < len(_UNITS) - 1:
         count, power = count / 1024, power + 1
-    return f"{count:.0f} {_UNITS[power]}" if power == 0 else f"{count:.1f} {_UNITS[power]}"
+    return power
 
 
 def _caption(rows: Sequence[Row], break_even: Sequence[Mapping[str, Any]]) -> Text | None:

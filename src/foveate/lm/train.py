@@ -77,7 +77,7 @@ def make_data(config: DataConfig) -> TrainData:
         text = pack(documents, tokenizer, config.length, isolate=config.isolate)
         train, test = text.split(config.held_out)
         return TrainData(train, {"text": test}, len(tokenizer), tokenizer)
-    options = {"length": config.length, **config.task_options}
+    options = {"length": config.length, **(config.task_options or {})}
     tests = {config.task: options}
     for each in config.slices:
         tests[f"{config.task}:" + ",".join(f"{name}={value}" for name, value in each.items())] = {**options, **each}

@@ -33,7 +33,7 @@ class DataConfig:
     """What is learned from: a synthetic task, or text."""
 
     task: str | None = option(None, "a synthetic task", one_of=(*TASKS, None))
-    task_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the task's own options"})
+    task_options: dict[str, Any] | None = option(None, "the task's own options")
     slices: tuple[dict[str, Any], ...] = option((), "further test sets: task options that replace the ones above")
     train: int = option(20000, "training examples of a task", at_least=1)
     test: int = option(1000, "test examples of a task", at_least=1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.errors import OptionError
 from foveate.methods.base import Method
 from foveate.options import option
 
@@ -87,21 +86,3 @@ def pyramid_budget(layer: int, layers: int, capacity: int, window: int, beta: in
         least = 2 * room - most
     step = (most - least) // max(1, layers - 1)
     return most - layer * step
-
-
-def adaptive_budgets(scores: Tensor, base: int, floor: float, normalize: bool = False) -> Tensor:
-    """Ada-KV: share base * H keys between the heads of a layer by their scores [B, H, N] -> int64 [B, H].
-
-    The count of each head among the layer's top base * H scores, blended with a floor: round(c (1 - floor) +
-    int(floor base)), half to even. normalize: scores are first multiplied by the head's share of mass in its top
-    `base`.
-    """
-    if not 0 <= floor <= 1:
-        raise OptionError(f"floor={floor}, allowed: >= 0 and <= 1")
-    B, H, N = scores.shape
-    if normalize:
-        top = scores.topk(min(base, N), dim=-1).values.sum(-1, keepdim=True)
-        scores = scores * (top / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny))
-    chosen = top_mask(scores.reshape(B, H * N), base * H).view(B, H, N)
-    counts = chosen.sum(-1)
-    return torch.round(counts.double() * (1 - floor) + int(floor * base)).long()

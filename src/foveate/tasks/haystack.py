@@ -31,6 +31,11 @@ def prose(path: str | None, rng: random.Random) -> Callable[[int], list[str]]:
     return lambda units: [text[(start + place) % len(text)] for place in range(units)]
 
 
+def gap(sentences: Iterable[str]) -> str:
+    """The text that fills a gap smaller than a sentence, for `Draft.padding`."""
+    return " " + " ".join(sentences)
+
+
 def lazily(lines: Iterator[str]) -> Callable[[int], list[str]]:
     """k -> the first k of `lines`, which are made only when they are needed."""
     made: list[str] = []

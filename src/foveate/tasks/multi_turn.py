@@ -59,7 +59,7 @@ class MultiTurn(DraftedTask):
         filler = haystack.prose(self.text, rng)
         return Draft(
             body=lambda units: introduction("numbers") + " ".join(haystack.weave(filler(units), needles)),
-            padding=" ".join(filler(8)),
+            padding=haystack.gap(filler(8)),
             questions=tuple(question("numbers", [key], (value,)) for key, value in zip(keys, values, strict=True)),
             meta={"keys": keys, "depths": depths},
         )

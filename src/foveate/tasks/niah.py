@@ -91,12 +91,12 @@ class Niah(DraftedTask):
 
     def _filler(self, rng: random.Random, taken: set[str]) -> tuple[Callable[[int], list[str]], int | None, str]:
         if self.haystack == "repeat":
-            return haystack.repeated, None, " ".join(haystack.REPEATED)
+            return haystack.repeated, None, haystack.gap(haystack.REPEATED)
         if self.haystack == "prose":
             text = haystack.prose(self.text, rng)
-            return text, None, " ".join(text(8))
+            return text, None, haystack.gap(text(8))
         others = haystack.lazily(other_needles(self.key, self.value, rng, taken))
-        return others, _MOST_PAIRS - len(taken), " ".join(haystack.REPEATED)
+        return others, _MOST_PAIRS - len(taken), haystack.gap(haystack.REPEATED)
 
 
 @register("niah-single", kind="task", paper=_PAPER, arxiv="2404.06654", year=2024, applies_to="causal language models")

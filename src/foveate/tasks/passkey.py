@@ -48,7 +48,7 @@ class Passkey(DraftedTask):
         needle = _NEEDLE.format(key=key)
         return Draft(
             body=lambda units: _INTRODUCTION + " ".join(haystack.weave(haystack.repeated(units), [(depth, needle)])),
-            padding=" ".join(haystack.REPEATED),
+            padding=haystack.gap(haystack.REPEATED),
             questions=(Question("What is the pass key?", "The pass key is", (key,)),),
             depth=depth,
             meta={"key": key},

@@ -27,12 +27,14 @@ class Question:
     """A question, the cue with which the answer begins, and the strings expected after it.
 
     In a chat template the cue opens the model's reply; otherwise it follows the question.
+    `lead` stands between the context and the question.
     """
 
     text: str
     cue: str
     answers: tuple[str, ...]
     max_new_tokens: int | None = None
+    lead: str = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Draft:
     """A prompt of variable length.
 
     body: the context's text with k units of filler, k >= 0; its tokens grow with k.
-    padding: what fills the gap of less than a unit, at the context's end; repeated as often as needed.
+    padding: what fills the gap of less than a unit, at the context's end; begins with the space or line break that
+        sets it apart, and is repeated as often as needed.
     most: the largest k that `body` takes; None when there is no end.
     depth, meta: as in `Example`.
     """
@@ -61,7 +64,7 @@ class Frame:
     """
 
     opening: str = ""
-    closing: str = " "
+    closing: str = ""
     between: str = ""
     special_tokens: bool = True
 
@@ -106,8 +109,10 @@ def encode_question(
     tokenizer: Any, framed: Frame, question: Question, *, follows_answer: bool
 ) -> tuple[tuple[int, ...], int]:
     """The token ids of one question with its cue, and the number of tokens its answer may take."""
-    start = framed.between if follows_answer and framed.between else "\n\n"
-    ids = encode(tokenizer, start + question.text + framed.closing + question.cue)
+    start = framed.between if follows_answer and framed.between else question.lead
+    # Plain prompts only: a chat template has its own text between question and reply.
+    space = " " if question.text and not framed.closing else ""
+    ids = encode(tokenizer, start + question.text + framed.closing + space + question.cue)
     if question.max_new_tokens is not None:
         return tuple(ids), question.max_new_tokens
     answers = sum(len(encode(tokenizer, " " + answer)) + _TOKENS_BESIDE_EACH for answer in question.answers)
@@ -175,7 +180,7 @@ def _most_that_fits(
 def _padding(owner: str, tokenizer: Any, text: str, count: int) -> list[int]:
     if not count:
         return []
-    ids = encode(tokenizer, " " + text)
+    ids = encode(tokenizer, text)
     if not ids:
         raise OptionError(f"{owner}: the tokenizer makes no tokens of {text!r}; use the model's own tokenizer")
     return (ids * (count // len(ids) + 1))[:count]

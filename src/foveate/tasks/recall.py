@@ -3,9 +3,12 @@
 As in MQAR (Zoology, arXiv 2312.04927) a key that comes back must call its value; here in words, for a pretrained
 model, and with the key followed by the same words before and after:
 
-    The number of amber-castle is 4821.
+    amber-castle: 4821
     ...
-    The number of amber-castle is        and the model goes on
+    amber-castle:        and the model goes on
+
+There is no question in words: SmolLM2-135M-Instruct answers 9 of 12 lookups among 86 pairs so, and 3 of 12 among 33
+pairs with one (CPU, float32).
 
 `pairs=None` fills the whole length with pairs, `pairs=n` spreads n of them over prose. Each of the `queries` looks
 up another key, on a copy of the context's cache; the score is the mean.
@@ -18,6 +21,7 @@ the largest. Cost: linear in the length.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ from foveate.tasks.prompt import Draft, Question
 from foveate.tasks.text import sentences
 from foveate.tasks.words import compounds, draw
 
-_INTRODUCTION = "Every name below has a number. Remember them.\n\n"
+_INTRODUCTION = "Each name has a number.\n\n"
 _DIGITS = 4
 # Four digits give 9000 values, so values repeat; keys do not.
 _MOST_PAIRS = 20_000
@@ -78,24 +82,19 @@ class Recall(DraftedTask):
             depths[0] = self.depth
         depths += [rng.random() for _ in range(self.queries, self.pairs or 0)]
         prose = haystack.prose(self.text, rng)
-        drawn = _pairs(rng)
-        needles = [(depth, *next(drawn)) for depth in depths]
+        last, *first = itertools.islice(drawn := _pairs(rng), len(depths) + 1)
+        needles = [(depth, *pair) for depth, pair in zip(depths, first, strict=True)]
         if self.pairs is None:
-            filler = haystack.lazily(_line(*pair) for pair in drawn)
-            separator, padding = "\n", haystack.repeated(8)
+            filler, padding = haystack.lazily(_line(*pair) for pair in drawn), "\n" + _line(*last)
         else:
-            filler = prose
-            separator, padding = " ", prose(8)
+            filler, padding = prose, haystack.gap(prose(8))
         lines = [(depth, _line(key, value)) for depth, key, value in needles]
         asked = needles[: self.queries]
         return Draft(
-            body=lambda units: _INTRODUCTION + separator.join(haystack.weave(filler(units), lines)),
-            padding=" ".join(padding),
-            questions=tuple(
-                Question(f"What is the number of {key}?", f"The number of {key} is", (value,))
-                for _, key, value in asked
-            ),
-            most=None if self.pairs else _MOST_PAIRS - self.queries,
+            body=lambda units: _INTRODUCTION + "\n".join(haystack.weave(filler(units), lines)),
+            padding=padding,
+            questions=tuple(Question("", f"{key}:", (value,), lead="\n") for _, key, value in asked),
+            most=None if self.pairs else _MOST_PAIRS - self.queries - 1,
             depth=depths[0] if self.queries == 1 else None,
             meta={"keys": [key for _, key, _ in asked], "depths": depths[: self.queries]},
         )
@@ -107,4 +106,4 @@ def _pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def _line(key: str, value: str) -> str:
-    return f"The number of {key} is {value}."
+    return f"{key}: {value}"

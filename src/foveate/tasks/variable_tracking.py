@@ -64,7 +64,7 @@ class VariableTracking(DraftedTask):
         before = self._solved(rng) if self.worked_example else ""
         return Draft(
             body=lambda units: before + _INTRODUCTION + " ".join(haystack.weave(haystack.repeated(units), needles)),
-            padding=" ".join(haystack.REPEATED),
+            padding=haystack.gap(haystack.REPEATED),
             questions=(self._question(values[0], chains[0]),),
             meta={"value": values[0], "variables": chains[0]},
         )

@@ -70,7 +70,7 @@ class CommonWords(DraftedTask):
 
         return Draft(
             body=body,
-            padding="... ... ... ...",
+            padding=" ... ... ... ...",
             questions=(self._question(common),),
             most=(often - 1) // seldom * seldom * len(rare),
             meta={"often": often, "seldom": seldom},
@@ -126,7 +126,7 @@ class FrequentWords(DraftedTask):
 
         return Draft(
             body=body,
-            padding="... ... ... ...",
+            padding=" ... ... ... ...",
             questions=(
                 Question(
                     "Question: Which three made-up words occur most often? Leave out the dots.",

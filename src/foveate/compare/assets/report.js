@@ -173,6 +173,8 @@ function draw() {
       place.replaceChildren(make("p", made, { class: "note" }));
     } else {
       if (place.firstElementChild && place.firstElementChild.classList.contains("note")) place.replaceChildren();
+      // Given, not found out by plotly: it would keep the width of its first drawing.
+      made.layout.width = place.clientWidth;
       Plotly.react(place, made.data, made.layout, { displayModeBar: false, responsive: false });
     }
   }

@@ -71,7 +71,8 @@ class PasskeyPrompts:
 
     def _filler(self, count: int, rng: random.Random) -> list[int]:
         prose = paragraphs(self.text)
-        at, found = rng.randrange(len(prose)), []
+        at = rng.randrange(len(prose))
+        found: list[int] = []
         while len(found) < count:
             found += self._ids(prose[at % len(prose)] + "\n\n")
             at += 1

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.errors import OptionError
 from foveate.methods.budgets import top_mask
 from foveate.methods.cache import Change, KeepRagged
 from foveate.methods.keep.expected_attention import ExpectedAttention
@@ -67,11 +68,11 @@ class AdaKV(WindowVotes):
     base: str | PromptKeep = option(  # noqa: RUF009 - the default is text
         "snapkv",
         "whose scores: 'snapkv', 'pyramid' or 'expected-attention' (with epsilon 0.01), or a scoring method object "
-        "with options of its own (its budget and ratio are replaced by these)",
+        "with options of its own; its scores are used, under this budget or ratio",
     )
     variant: str = option("original", "how the budget is shared", one_of=("original", "kvpress"))
     floor: float = option(0.2, "share of the budget that every head gets in any case", at_least=0, at_most=1)
-    normalize: bool = option(False, "weigh a head's scores by how concentrated they are, when counting")
+    normalize: bool = option(False, "weigh a head's scores (>= 0) by how concentrated they are, when counting")
     skip_layers: int = option(0, "first layers whose heads all get the same budget", at_least=0)
     beta: int = option(20, "base 'pyramid': how steep the layer budgets fall", at_least=1)
 
@@ -81,6 +82,8 @@ class AdaKV(WindowVotes):
             raise self.refuse("base", f"{BASES} or a method object")
         if isinstance(self.base, AdaKV) or type(self.scorer).score is PromptKeep.score:
             raise self.refuse("base", "a method with scores of its own, e.g. SnapKV() or ExpectedAttention()")
+        if isinstance(self.base, SnapKV) and self.base.per_query_head:
+            raise self.refuse("base", "SnapKV with one score per KV head (per_query_head=False)")
         if self.ratio is None and self.budget <= self.tail:
             raise self.refuse("budget", f"> window={self.tail}, which is part of it")
 
@@ -161,6 +164,8 @@ class AdaKV(WindowVotes):
 def head_budgets(scores: Tensor, base: int, floor: float, normalize: bool) -> Tensor:
     """Share base * Hkv keys between heads by their scores [Hkv, n]: int64 [Hkv]."""
     if normalize:
+        if bool((scores < 0).any()):
+            raise OptionError("AdaKV: normalize=True, allowed: only with a base whose scores are shares, never below 0")
         top = scores.topk(min(base, scores.shape[-1]), dim=-1).values.sum(-1, keepdim=True)
         scores = scores * (top / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny))
     counts = best_of_layer(scores, base).sum(-1)

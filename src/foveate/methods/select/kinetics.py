@@ -167,6 +167,8 @@ class Kinetics(Method):
         n = logits.shape[-1]
         rank, tokens = torch.arange(n, device=logits.device), tokens[..., None]
         if self.rule == "block":
+            if n <= self.whole:
+                return (rank < tokens).expand_as(logits)
             means = F.pad(logits[..., self.sinks :], (0, -(n - self.sinks) % self.block))
             means = means.unflatten(-1, (-1, self.block)).mean(-1)
             own = self._middle(tokens) // self.block
@@ -212,20 +214,18 @@ class Kinetics(Method):
         return torch.Generator().manual_seed(hash((self.seed, step.layer, step.cache.seen)) % 2**63)
 
     def _corrected(self, step: Step) -> Tensor:
-        keep = self._keep(step)
+        """Random keys, each with the weight of those it stands for."""
+        keep, held = self._keep(step), step.positions.keys(step.cache.stored, step.q.device)
         tokens = torch.as_tensor(step.real_tokens(), device=keep.device).view(-1, 1, 1)
-        between = (tokens - self.local - self.sinks).clamp_min(1)
-        held = step.positions.keys(step.cache.stored, step.q.device)
         rank = torch.where(held >= 0, (held >= 0).cumsum(-1) - 1, -1)
+        between = tokens - self.local - self.sinks
+        stands_for = (between.clamp_min(1) / self.budget).log().clamp_min(0)
         drawn = keep & (rank >= self.sinks) & (rank < tokens - self.local)
-        raised = torch.where(tokens > self.sinks + self.budget + self.local, (between / self.budget).log(), 0.0)
-        return self._raise(step, keep, torch.where(drawn, raised, 0.0))
-
-    @staticmethod
-    def _raise(step: Step, keep: Tensor, raised: Tensor) -> Tensor:
+        weight = torch.where(drawn, stands_for, 0.0)
+        if step.cache.log_weight is not None:
+            weight = weight + step.cache.log_weight
         plan = Tokens(slots_of(keep))
         step.record(plan)
-        weight = raised if step.cache.log_weight is None else raised + step.cache.log_weight
         return attend(
             step.q,
             step.k,
@@ -234,16 +234,16 @@ class Kinetics(Method):
             scale=step.scale,
             positions=step.positions,
             window=step.window,
-            log_weight=weight.expand(*step.cache.shape, -1),
+            log_weight=weight,
             sink=step.sink,
             softcap=step.softcap,
         )
 
     def _sampled(self, step: Step) -> Tensor:
+        """The mean of values drawn by the query heads' own weights."""
         weights = last_weights(step)
-        B, Hq, N = weights.shape
         picks = torch.multinomial(weights.cpu().flatten(0, 1), self.budget, True, generator=self._draws(step))
-        picks = picks.view(B, Hq, self.budget).to(weights.device)
+        picks = picks.view(*weights.shape[:2], self.budget).to(weights.device)
         step.record(Tokens(picks))
         values = step.v.repeat_interleave(step.group, 1)
         return values.gather(2, picks[..., None].expand(-1, -1, -1, values.shape[-1])).mean(2, keepdim=True)

@@ -120,7 +120,8 @@ class Pages:
 
     def _scatter(self, cache: LayerCache) -> None:
         """Add new tokens to pages that differ from row to row."""
-        assert self.ranked is not None and self.filled is not None
+        assert self.ranked is not None
+        assert self.filled is not None
         new = slice(self.covered, cache.stored)
         real = cache.positions_or_fail()[..., new] >= 0
         rank = torch.where(real, self.filled[..., None] + real.cumsum(-1) - 1, -1)

@@ -94,4 +94,3 @@ class Quest(Method):
 
     def pages_for(self, tokens: int) -> int:
         return max(self.min_pages, min(tokens, self.budget) // self.page)
-

@@ -52,7 +52,7 @@ from foveate.registry import register
 class Recycling:
     """One layer's selection.
 
-    index: [B, Hkv, K] int64, slots read most by the last full step, best first, -1 absent.
+    index: [B, Hkv, K] int64, slots read most by the last full step, ascending (best first when strict), -1 absent.
     since: [B] int64 on the host, slot of that step's own token.
     query: [B, Hq, D], that step's query. version: of the cache at that time. number: decode steps since the prompt.
     """
@@ -184,7 +184,7 @@ class Recycled(Budgeted):
         step.state = Recycling(index, since, query.clone(), step.cache.version, number)
 
     def _rank(self, step: Step) -> Tensor:
-        """Slots with the highest weights, best first, the lower slot first of equals: int64 [B, Hkv, K]."""
+        """Slots with the highest weights, of equals the lower ones: int64 [B, Hkv, K], ordered as `Recycling` says."""
         if step.phase != "decode" and (self.observe > 1 or self.kernel > 1):
             weights = window_weights(step, self.observe).mean(2)
         else:
@@ -197,6 +197,8 @@ class Recycled(Budgeted):
         if isinstance(count, Tensor):
             count = count[:, None]
         index = slots_of(top_mask(scores, count))
+        if not self.strict:
+            return index
         best = torch.where(index >= 0, scores.gather(2, index.clamp_min(0)), -torch.inf)
         return index.gather(2, best.argsort(dim=-1, descending=True, stable=True))
 

@@ -1,4 +1,4 @@
-"""TokenSelect: the query heads vote for single tokens, one set per layer, read at compact positions.  (arXiv 2411.02886)
+"""TokenSelect: query heads vote for single tokens, one set per layer, read at compact positions.  (arXiv 2411.02886)
 
 What attention needs is scattered, so tokens are chosen, not pages. Every cached key is scored by the present queries;
 a softmax turns each head's scores into votes, so that no head outvotes the others by scale, and the tokens with most
@@ -188,9 +188,7 @@ class TokenSelect(Method):
         unrotated = rope.unrotate(part.q, torch.arange(N - M, N, device=device)[None])
         keys, values = self._chosen(step, rope, part, unrotated)
         turned = rope.rotate(unrotated, torch.arange(self.most - M, self.most, device=device)[None])
-        far = attend(
-            turned, keys, values, scale=step.scale, softcap=step.softcap, causal=False, return_lse=True
-        )
+        far = attend(turned, keys, values, scale=step.scale, softcap=step.softcap, causal=False, return_lse=True)
         near = self._read(step, part.q, part.k[:, :, -self.local :], part.v[:, :, -self.local :], return_lse=True)
         return merge([far[0], near[0]], [far[1], near[1]])[0]
 

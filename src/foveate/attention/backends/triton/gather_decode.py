@@ -156,9 +156,7 @@ def decode_kernel(
             see = see & (k_pos[None, :] <= q_pos[:, None])
         if WINDOW:
             near = q_pos[:, None] - k_pos[None, :] <= window
-            if KIND == 3:
-                near = near | (k_pos < sinks)[None, :]
-            see = see & near
+            see = see & (near | (k_pos < sinks)[None, :])
         scores = tl.where(see, scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -215,9 +213,9 @@ def _describe(
         first = min(n, sinks)
         return _List(RANGES, 1, n, first + n - max(first, n - m - window), window, sinks)
     if index is None:
-        return _List(DENSE, 1, n, n, window or 0, 0)
+        return _List(DENSE, 1, n, n, window or 0, sinks)
     k = index.shape[-1]
-    return _List(PAGES if page_size > 1 else TOKENS, page_size, k, k * page_size, window or 0, 0)
+    return _List(PAGES if page_size > 1 else TOKENS, page_size, k, k * page_size, window or 0, sinks)
 
 
 def gather_decode(
@@ -251,8 +249,8 @@ def gather_decode(
             the keys is absent; a key named twice counts twice.
         length: int32 or int64 [B, Hkv]: index entries in use, or keys in use when there is no index.
         start: int32 or int64 [B * Hkv], for packed keys; needs `length`.
-        window, sinks: keys further back than `window` (which does not count the query) are not seen, but for the
-            first `sinks` keys; without index and positions, only these two ranges are read.
+        window, sinks: keys further back than `window` (which does not count the query) are not seen, but for those
+            at positions < sinks; without index and positions, only these two ranges are read.
         sink: [Hq], a learned logit per query head.   softcap: before masks and log_weight.
         log_weight: [B or 1, Hkv or 1, N] or packed [R], added to the scores.
         k_positions, q_positions: [B or 1, Hkv or 1, N] (or packed [R]) and [B, M], integer; < 0 sees and shows
@@ -276,8 +274,8 @@ def gather_decode(
     runtime.check_unit_stride(q=q, k=k, v=v)
     segments, G = B * Hkv, Hq // Hkv
     placed = k_positions is not None or q_positions is not None
-    if sinks and (window is None or index is not None or placed):
-        raise ShapeError("sinks are read besides a window, by slot: give window, and neither index nor positions")
+    if sinks and window is None:
+        raise ShapeError(f"sinks={sinks} are read besides a window; give window")
     ranges = window is not None and index is None and not placed
     if packed and index is not None:
         raise ShapeError("packed keys are read whole; an index over them is not supported")
@@ -323,7 +321,7 @@ def gather_decode(
         HKV=Hkv, G=G, M=M, D=D, DV=DV, BLOCK_D=runtime.power_of_two(D, 16), BLOCK_DV=block_dv,
         BLOCK_R=block_r, BLOCK_N=config.block_n, SEGMENTS=padded,
         KIND=what.kind, PAGE=what.page,
-        CAUSAL=causal and (M > 1 or q_positions is not None), WINDOW=window is not None and not (ranges and M == 1),
+        CAUSAL=causal and (M > 1 or placed), WINDOW=window is not None and not (ranges and M == 1),
         SOFTCAP=bool(softcap), PLANNED=planned, FINAL=final,
         PRECISION=runtime.dot_precision(q.dtype), UPCAST=runtime.upcast(q.dtype), PDL=pdl and not final,
         num_warps=config.num_warps, num_stages=config.num_stages,

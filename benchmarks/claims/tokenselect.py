@@ -1,0 +1,65 @@
+"""TokenSelect's claim in small: tokens chosen by soft votes stay close to the dense model, closer than when every head
+simply adds its scores, and a choice kept while queries are alike costs little; a passkey is found. Beyond the model's
+trained length (8192 tokens: --length 12288, minutes) the dense model's perplexity rises and TokenSelect's does not.
+
+    python benchmarks/claims/tokenselect.py [--length 2048] [--seeds 2]
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from keeping import arguments, load, next_token, record, retrieval
+from selecting import divergence
+from torch import Tensor
+
+from foveate.methods.budgets import slots_of, top_mask
+from foveate.methods.select.scores import query_scores
+from foveate.methods.select.tokenselect import TokenSelect
+from foveate.registry import register
+from foveate.tasks.passkey import Passkey
+from foveate.tasks.perplexity import Perplexity
+
+
+@register("tokenselect-hard", kind="select", paper="control", year=2024, applies_to="pretrained")
+@dataclass(frozen=True, kw_only=True)
+class HardVotes(TokenSelect):
+    """The control: every head votes for its `budget` best tokens, each vote counts one."""
+
+    def votes_for(self, query: Tensor, k: Tensor) -> Tensor:
+        middle = k[:, :, self.sinks : k.shape[2] - self.local]
+        votes = top_mask(query_scores(query, middle), self.budget).float().sum(1, keepdim=True)
+        return slots_of(top_mask(votes, self.budget))[:, 0] + self.sinks
+
+
+def main() -> None:
+    started, given = time.perf_counter(), arguments(__doc__, length=2048, seeds=2)
+    model, tokenizer = load(given)
+    budget, sizes = given.length // 8, "sinks=16,local=128,chunk=128"
+    methods = [f"tokenselect:budget={budget},{sizes},reuse={reuse}" for reuse in ("none", 0.9, 0.8)]
+    methods += [
+        f"tokenselect:budget={budget},{sizes},reuse=none,scale=0.125",
+        f"tokenselect-hard:budget={budget},{sizes},reuse=none",
+        f"streaming-llm:sinks=16,window={budget + 128}",
+    ]
+    torch.manual_seed(0)
+    found = retrieval(model, tokenizer, ["full", *methods], Passkey(), given, question_seen=True)
+    if given.length > 8192:
+        rows = next_token(model, tokenizer, ["full", *methods], Perplexity(target=64), given)
+    else:
+        rows = divergence(model, tokenizer, methods, given)
+    record(
+        "tokenselect" if given.length <= 8192 else "tokenselect_long",
+        "soft votes choose tokens that matter, in and beyond the trained length",
+        model,
+        given,
+        started,
+        rows=rows,
+        passkey=found,
+    )
+
+
+if __name__ == "__main__":
+    main()

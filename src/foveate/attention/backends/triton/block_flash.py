@@ -1,0 +1,354 @@
+"""Block-sparse flash attention: each block of queries reads its listed blocks of keys, and single key columns.
+
+    o[i] = sum_j p[i, j] v[j],  p = softmax over the listed, visible j of scale * q[i] . k[j]
+
+A row of the plan is one program (or several, where the plan's query block is larger than the tile). Its list has the
+blocks that need no mask first: one loop reads those, a second one the few that do, a third one gathers the columns
+that no listed block covers; all feed the same softmax. Rows run one head after another and the longest of a head
+first, so that the keys in use fit in the L2 cache: random blocks of all heads at once would come from memory.
+Positions are aligned: the M queries are the last of the N keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from foveate.attention.backends.triton import configs, runtime
+from foveate.attention.sparse_plan import SparsePlan
+from foveate.errors import PlanError, ShapeError
+
+
+@triton.jit
+def _products(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Scores of queries [M, D] and keys [N, D]: raw without a softcap, else capped and in base 2."""
+    if UPCAST:
+        scores = tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32), input_precision="ieee")
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)); scale then holds scale / softcap, and softcap the factor log2(e).
+        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale * 2.8853900817779268))))
+    return scores
+
+
+@triton.jit
+def _fold(
+    scores, v, top, mass, acc, scale,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile into the running softmax. The scale meets the maximum and the exponent, never all scores alone."""
+    if SOFTCAP:
+        scale = 1.0
+    new = tl.maximum(top, tl.max(scores, 1) * scale)
+    safe = new
+    if MASKED:
+        safe = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(scores * scale - safe[:, None])
+    keep = tl.exp2(top - safe)
+    mass = mass * keep + tl.sum(p, 1)
+    acc = acc * keep[:, None]
+    if UPCAST:
+        acc += tl.dot(p, v.to(tl.float32), input_precision="ieee")
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return new, mass, acc
+
+
+@triton.jit
+def _first_key(COL, j, count, PLAN_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key slot of tile j of a row's list; `count` tiles."""
+    SPLIT: tl.constexpr = PLAN_N // BLOCK_N
+    block = tl.load(COL + j // SPLIT, mask=j < count, other=0)
+    return block * PLAN_N + (j % SPLIT) * BLOCK_N
+
+
+@triton.jit
+def _uncovered(COLUMN, COVERED, at, cut, PLAN_N: tl.constexpr):
+    """Key slots of the columns `at`; -1 past the cut and where a listed block has the key already."""
+    slot = tl.load(COLUMN + at, mask=at < cut, other=-1)
+    block = tl.where(slot < 0, 0, slot // PLAN_N)
+    word = tl.load(COVERED + block // 32, mask=slot >= 0, other=0)
+    return tl.where((word >> (block % 32)) & 1 != 0, -1, slot)
+
+
+@triton.jit
+def _row_tile(
+    tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    rows, row_blocks, m, n, columns, words, scale, softcap,
+    HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head; consecutive tiles share their list, then their keys."""
+    # Which query tile: parts of the plan's block, then the query heads that share the plan's row, then its rows.
+    PARTS: tl.constexpr = PLAN_M // BLOCK_M
+    G: tl.constexpr = HQ // HKV
+    SHARERS: tl.constexpr = 1 if HEADS == HQ else G
+    OUTER: tl.constexpr = HKV if HEADS == 1 else 1
+    part = tile % PARTS
+    sharer = (tile // PARTS) % SHARERS
+    outer = tile // (PARTS * SHARERS) // rows
+    row = tl.load(ORDER + tile // (PARTS * SHARERS) % rows)
+    head_row = row // row_blocks
+    # A plan of batch 1 serves every sequence; then `outer` counts sequences too.
+    b = (head_row // HEADS + outer // OUTER).to(tl.int64)
+    h = (head_row % HEADS + outer % OUTER) * SHARERS + sharer
+    hkv = (h // G).to(tl.int64)
+    first_query = (row % row_blocks) * PLAN_M + part * BLOCK_M
+    r = first_query + tl.arange(0, BLOCK_M)
+    live = r < m
+    q_pos = n - m + r
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    q_at = Q + b * stride_qb + h.to(tl.int64) * stride_qh + r.to(tl.int64)[:, None] * stride_qm + d[None, :]
+    q = tl.load(q_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+    k_at = K + b * stride_kb + hkv * stride_kh
+    v_at = V + b * stride_vb + hkv * stride_vh
+
+    begin = tl.load(ROW_PTR + row)
+    SPLIT: tl.constexpr = PLAN_N // BLOCK_N
+    count = (tl.load(ROW_PTR + row + 1) - begin).to(tl.int32) * SPLIT
+    full = tl.load(N_FULL + row) * SPLIT
+    COL += begin
+
+    if SINK is not None:
+        top = tl.zeros([BLOCK_M], tl.float32) + tl.load(SINK + h).to(tl.float32) * 1.4426950408889634
+        mass = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        mass = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    key = tl.arange(0, BLOCK_N)
+
+    # The next tile's place is loaded one step ahead (design/kernels.md, 2.9).
+    start = _first_key(COL, 0, count, PLAN_N, BLOCK_N)
+    for j in range(0, full):
+        if KD is not None:
+            k = KD.load([b.to(tl.int32), hkv.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = VD.load([b.to(tl.int32), hkv.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_DV)
+        else:
+            k_row = k_at + start.to(tl.int64) * stride_kn + key[:, None] * stride_kn + d[None, :]
+            v_row = v_at + start.to(tl.int64) * stride_vn + key[:, None] * stride_vn + dv[None, :]
+            k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
+            v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
+        scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+        top, mass, acc = _fold(scores, v, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
+        start = _first_key(COL, j + 1, count, PLAN_N, BLOCK_N)
+
+    for j in range(full, count):
+        slot = start + key
+        there = slot < n
+        k_row = k_at + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
+        v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
+        k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
+        scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+        see = there[None, :]
+        if CAUSAL:
+            see = see & (slot[None, :] <= q_pos[:, None])
+        scores = tl.where(see, scores, float("-inf"))
+        top, mass, acc = _fold(scores, v, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
+        start = _first_key(COL, j + 1, count, PLAN_N, BLOCK_N)
+
+    if COLUMN is not None:
+        cut = tl.load(CUT + row)
+        COLUMN += head_row.to(tl.int64) * columns
+        COVERED += row.to(tl.int64) * words
+        at = tl.arange(0, BLOCK_C)
+        slot = _uncovered(COLUMN, COVERED, at, cut, PLAN_N)
+        for _ in range(0, cut, BLOCK_C):
+            there = slot >= 0
+            k_row = k_at + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
+            v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
+            k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
+            v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
+            scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+            see = there[None, :]
+            if CAUSAL:
+                see = see & (slot[None, :] <= q_pos[:, None])
+            scores = tl.where(see, scores, float("-inf"))
+            top, mass, acc = _fold(scores, v, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
+            at += BLOCK_C
+            slot = _uncovered(COLUMN, COVERED, at, cut, PLAN_N)
+
+    some = mass > 0
+    acc = acc / tl.where(some, mass, 1.0)[:, None]
+    out_row = (b * HQ + h) * m + r
+    tl.store(
+        OUT + out_row[:, None] * DV + dv[None, :],
+        acc.to(OUT.dtype.element_ty),
+        mask=live[:, None] & (dv < DV)[None, :],
+    )
+    if LSE is not None:
+        lse = tl.where(some, (top + tl.log2(tl.where(some, mass, 1.0))) * 0.6931471805599453, float("-inf"))
+        tl.store(LSE + out_row, lse, mask=live)
+
+
+@triton.jit(do_not_specialize=["tiles", "rows", "row_blocks", "m", "n", "columns", "words", "scale", "softcap"])
+def block_flash_kernel(
+    Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    tiles, rows, row_blocks, m, n, columns, words, scale, softcap,
+    HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """One tile per program, or all tiles dealt to a grid that fills the device once."""
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _row_tile(
+                tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+                stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+                rows, row_blocks, m, n, columns, words, scale, softcap,
+                HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_C, CAUSAL, SOFTCAP,
+                PRECISION, UPCAST,
+            )  # fmt: skip
+    else:
+        _row_tile(
+            tl.program_id(0), Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+            stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+            rows, row_blocks, m, n, columns, words, scale, softcap,
+            HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_C, CAUSAL, SOFTCAP,
+            PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+def by_head(plan: SparsePlan) -> SparsePlan:
+    """The plan with its work order head after head, longest rows first within a head."""
+    counts = plan.row_ptr.diff().view(plan.batch * plan.heads, -1)
+    order = counts.argsort(dim=1, descending=True, stable=True)
+    order = order + torch.arange(counts.shape[0], device=order.device)[:, None] * counts.shape[1]
+    return replace(plan, order=order.flatten().to(torch.int32))
+
+
+def _columns(plan: SparsePlan, row_blocks: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted columns without repeats (absent ones last, as n), those each row may see, and its blocks as bits.
+
+    int32 [B * heads, V], [rows], [rows, ceil(key blocks / 32)].
+    """
+    assert plan.columns is not None
+    device = plan.columns.device
+    listed = plan.columns.flatten(0, 1)
+    listed = torch.where((listed < 0) | (listed >= plan.n), plan.n, listed).sort(-1).values
+    repeated = F.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
+    listed = listed.masked_fill(repeated, plan.n).sort(-1).values
+    last = torch.full((row_blocks,), plan.n - 1, device=device)
+    if causal:
+        ends = torch.arange(1, row_blocks + 1, device=device) * plan.block_m
+        last = ends.clamp(max=plan.m) + (plan.n - plan.m - 1)
+    last = last.to(torch.int32).expand(listed.shape[0], -1).contiguous()
+    cut = torch.searchsorted(listed, last, right=True, out_int32=True)
+    words = triton.cdiv(triton.cdiv(plan.n, plan.block_n), 32)
+    covered = torch.zeros(cut.numel() * words, dtype=torch.int32, device=device)
+    row = torch.arange(cut.numel(), device=device)
+    row = torch.repeat_interleave(row, plan.row_ptr.diff(), output_size=plan.nnz)
+    bit = torch.ones_like(plan.col) << (plan.col & 31)
+    # A block is listed once, so a sum of bits is their union.
+    covered.index_add_(0, row * words + plan.col // 32, bit)
+    return listed, cut.flatten(), covered
+
+
+def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor | None:
+    """x [B, H, N, D] for the tensor memory accelerator, None where its strides do not allow it."""
+    B, H, N, D = x.shape
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    if not aligned or D != runtime.power_of_two(D, 16):
+        return None
+    return TensorDescriptor(x, [B, H, N, D], list(x.stride()), [1, 1, block_n, D])
+
+
+def check_plan(plan: SparsePlan, batch: int, heads: int, kv_heads: int, m: int, n: int) -> None:
+    if plan.batch not in (1, batch) or plan.heads not in (1, kv_heads, heads) or (plan.m, plan.n) != (m, n):
+        raise PlanError(
+            f"a plan of batch {plan.batch}, {plan.heads} heads, M={plan.m}, N={plan.n} does not fit q of batch {batch}, "
+            f"{heads} heads over {kv_heads}, M={m}, N={n}; allowed: batch 1 or {batch}, heads 1, {kv_heads} or {heads}"
+        )
+    if min(_factor(plan.block_m), _factor(plan.block_n)) < 16:
+        raise PlanError(f"plan blocks {plan.block_m} x {plan.block_n}, allowed: multiples of 16")
+    if plan.columns is not None and plan.columns.shape[:2] != (plan.batch, plan.heads):
+        raise PlanError(f"columns {list(plan.columns.shape)}, allowed: [{plan.batch}, {plan.heads}, V]")
+
+
+def _factor(x: int) -> int:
+    """The largest power of two that divides x."""
+    return x & -x
+
+
+def block_flash_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    sink: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = True,
+    config: configs.BlockConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of q [B, Hq, M, D] over the blocks and columns of `plan`.
+
+    Args:
+        k, v: [B, Hkv, N, D] and [B, Hkv, N, Dv], last stride 1.
+        plan: heads 1, Hkv or Hq; batch 1 or B; block sizes multiples of 16; its `order` is the launch's (`by_head`).
+        scale: > 0; default D ** -0.5.    causal: a query sees no later key (queries are the last M of N keys).
+        sink: [Hq], a learned logit per query head.    softcap: before masks.
+    Returns:
+        o [B, Hq, M, Dv] in q's dtype, lse [B, Hq, M] float32, natural log (None unless asked for);
+        o = 0 and lse = -inf for a query that reads nothing.
+    Reads O(listed blocks x block_n + columns) keys per query block; nothing M x N is stored.
+    """
+    B, Hq, M, D = q.shape
+    _, Hkv, N, DV = v.shape
+    if Hq % Hkv or k.shape != (B, Hkv, N, D) or v.shape[0] != B:
+        raise ShapeError(f"q {list(q.shape)} does not fit k {list(k.shape)} and v {list(v.shape)}")
+    runtime.check_floats(q=q, k=k, v=v)
+    runtime.check_unit_stride(q=q, k=k, v=v)
+    check_plan(plan, B, Hq, Hkv, M, N)
+    scale = D**-0.5 if scale is None else scale
+    if scale <= 0:
+        raise ShapeError(f"scale={scale}, allowed: > 0 (negate q instead)")
+    out = torch.empty(B, Hq, M, DV, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, Hq, M, dtype=torch.float32, device=q.device) if return_lse else None
+    if not out.numel():
+        return out, lse
+    config = config or configs.blocks(max(D, DV), q.element_size(), plan.block_m)
+    block_m = min(_factor(plan.block_m), config.block_m)
+    block_n = min(_factor(plan.block_n), config.block_n)
+    row_blocks = triton.cdiv(M, plan.block_m)
+    rows = plan.batch * plan.heads * row_blocks
+    tiles = B * Hq * row_blocks * (plan.block_m // block_m)
+    column = cut = covered = None
+    if plan.columns is not None and plan.columns.shape[-1]:
+        column, cut, covered = _columns(plan, row_blocks, causal)
+    descriptors = (_descriptor(k, block_n), _descriptor(v, block_n)) if config.tma else (None, None)
+    if None in descriptors:
+        descriptors = (None, None)
+    grid = tiles
+    if config.persistent:
+        grid = min(tiles, runtime.multiprocessors(q.device.index) * config.per_sm)
+    block_flash_kernel[(grid,)](
+        q, k, v, *descriptors, plan.row_ptr, plan.col, plan.n_full, plan.order, column, cut, covered, sink, out, lse,
+        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+        v.stride(0), v.stride(1), v.stride(2),
+        tiles, rows, row_blocks, M, N,
+        0 if column is None else column.shape[1], 0 if covered is None else covered.numel() // rows,
+        scale / softcap if softcap else scale * runtime.LOG2E, (softcap or 0.0) * runtime.LOG2E,
+        HQ=Hq, HKV=Hkv, HEADS=plan.heads, PLAN_M=plan.block_m, PLAN_N=plan.block_n,
+        D=D, DV=DV, BLOCK_D=runtime.power_of_two(D, 16), BLOCK_DV=runtime.power_of_two(DV, 16),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=min(64, config.block_n), CAUSAL=causal, SOFTCAP=bool(softcap),
+        PRECISION=runtime.dot_precision(q.dtype), UPCAST=runtime.upcast(q.dtype), PERSISTENT=config.persistent,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,64 @@
+"""The console table."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from foveate.compare.table import comparison_table
+from tests.compare.made_up import METHODS, made_up
+
+
+def printed(results: dict[str, Any], width: int = 110) -> str:
+    console = Console(file=StringIO(), width=width)
+    console.print(comparison_table(results["rows"], results["break_even"]))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_dense_comes_first_and_every_method_has_its_line() -> None:
+    text = printed(made_up(lengths=(2048,)))
+    lines = [line for line in text.splitlines() if line.strip()]
+    first = next(place for place, line in enumerate(lines) if line.split()[:1] == ["dense"])
+    assert [line.split()[0] for line in lines[first : first + 3]] == ["dense", "full", "streaming-llm:window=508"]
+    dense = lines[first].split()
+    assert dense[3:] == ["14.00", "1.00x", "1.00x", "45.0", "1.00", "1.000"]
+    assert "MiB" in text
+
+
+def test_ratios_are_dense_over_method_for_times() -> None:
+    results = made_up(lengths=(2048,))
+    snap = next(row for row in results["rows"] if row["method"] == "snapkv:budget=512")
+    line = next(line for line in printed(results).splitlines() if line.startswith("snapkv"))
+    decode = snap["decode_tokens_per_s"] / snap["dense_decode_tokens_per_s"]
+    assert f"{snap['dense_ttft_s'] / snap['ttft_s']:.2f}x" in line
+    assert f"{decode:.2f}x" in line
+    assert decode > 1
+
+
+def test_lengths_have_a_block_each_and_break_even_lines_follow() -> None:
+    text = printed(made_up())
+    assert [line.strip() for line in text.splitlines() if line.strip().endswith("tokens")] == [
+        "1,024 tokens",
+        "2,048 tokens",
+        "4,096 tokens",
+    ]
+    assert "Break-even (prompt and 128 generated tokens):" in text
+    assert all(f"  {method}: " in text for method in METHODS if method != "dense")
+
+
+def test_refusals_are_told_below() -> None:
+    text = printed(made_up(lengths=(2048,), refused="adakv:budget=512"), width=140)
+    line = next(line for line in text.splitlines() if line.startswith("adakv"))
+    assert line.count("refused") == 3
+    assert "adakv:budget=512 refused: UnsupportedModelError: Tiny</script><b>Model</b> cannot be served" in text
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_it_fits_the_width_with_every_column(width: int) -> None:
+    text = printed(made_up(), width=width)
+    assert "density" in text
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
