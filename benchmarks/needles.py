@@ -45,6 +45,7 @@ def methods_for(length: int, share: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0, help="to share the work between processes")
     parser.add_argument("--lengths", default="2048,4096")
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--query-agnostic", action="store_true")
@@ -62,7 +63,7 @@ def main() -> None:
             methods_for(length, given.share),
             ["passkey", "niah-single"],
             [length],
-            given.seeds,
+            range(given.first_seed, given.first_seed + given.seeds),
             query_aware=not given.query_agnostic,
             out=given.cells,
             min_decode_tokens=0,

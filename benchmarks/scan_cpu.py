@@ -72,8 +72,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128])
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     T, H, D = args.length, args.heads, args.dim
     generator = torch.Generator().manual_seed(0)
 

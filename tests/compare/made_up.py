@@ -17,6 +17,7 @@ METHODS = {
     "quest:budget=512": 1.04,
     "flexprefill+snapkv:budget=512+quest:budget=128": 0.27,
 }
+TASKS = ("niah-single", "multi-turn:questions=3", "perplexity:target=128")
 ROW_BYTES = 2 * 3 * 64 * 2
 
 
@@ -25,7 +26,7 @@ def made_up(
 ) -> dict[str, Any]:
     draw = random.Random(0)
     rows = []
-    for task in ("niah-single", "multi-turn", "perplexity"):
+    for task in TASKS:
         for length in lengths:
             made = {name: _row(draw, name, share, task, length, layers, heads) for name, share in METHODS.items()}
             if refused is not None:
@@ -61,7 +62,7 @@ def made_up(
         },
         "settings": {
             "methods": methods,
-            "tasks": ["niah-single", "multi-turn", "perplexity"],
+            "tasks": list(TASKS),
             "lengths": list(lengths),
             "seeds": [0, 1, 2],
             "query_aware": True,
@@ -80,7 +81,7 @@ def _row(
     draw: random.Random, method: str, share: float, task: str, length: int, layers: int, heads: int
 ) -> dict[str, Any]:
     keeps = min(1.0, share)
-    perplexity = task == "perplexity"
+    perplexity = task.startswith("perplexity")
     loss = 0.0 if keeps == 1.0 else draw.uniform(0.05, 0.6) * length / 4096
     depths = [(0.3 + seed * 0.618) % 1.0 for seed in range(3)]
     scores = [max(0.0, round(0.95 - loss - draw.random() * 0.1, 2)) for _ in depths]
@@ -115,7 +116,7 @@ def _row(
         ],
         "tokens_seen": length + 12,
         "kept": None if keeps == 1.0 else [[_shares(draw) for _ in range(heads)] for _ in range(layers)],
-        "needles": [0.3] if task == "niah-single" else [0.3, 0.63, 0.96] if task == "multi-turn" else [],
+        "needles": [0.3] if task == "niah-single" else [0.3, 0.63, 0.96] if task.startswith("multi") else [],
         "error": None,
     }
 

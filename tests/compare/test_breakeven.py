@@ -69,10 +69,11 @@ def test_more_than_one_crossing_is_called_mixed() -> None:
 
 def test_a_parabola_that_bends_down_is_not_trusted() -> None:
     # Noise made the middle slow: a parabola would bend down and cross again; the lines do not.
-    found = break_even("m", [Point(1000, 1.0, 2.0), Point(2000, 2.4, 4.0), Point(4000, 3.6, 8.0)])
+    found = break_even("m", [Point(1000, 1.0, 2.0), Point(2000, 2.9, 4.0), Point(4000, 3.6, 8.0)])
     assert (found.verdict, found.tokens) == ("always", None)
     assert found.fit_error is not None
-    assert found.fit_error > 0.05
+    assert found.fit_error > 0.1
+    assert "rough: the fits miss by up to" in found.text
 
 
 @pytest.mark.parametrize("lengths", [(), (2048,), (2048, 2048), (2048, 2200)])

@@ -146,9 +146,19 @@ def test_packed_sequences_in_three_ways():
     for found in (by_offsets, by_collator, by_positions):
         assert torch.allclose(found, expected, atol=1e-4)
     rows = ids.view(2, 10)
-    twice = logits(model, rows, position_ids=torch.tensor([[*range(6), *range(3), 0], list(range(10))]))
-    alone = [logits(model, each)[0] for each in (rows[:1, :6], rows[:1, 6:9], rows[:1, 9:], rows[1:])]
+    at = torch.tensor([[*range(6), *range(2), 0, 0], list(range(10))])
+    twice = logits(model, rows, position_ids=at)
+    alone = [logits(model, each)[0] for each in (rows[:1, :6], rows[:1, 6:8], rows[:1, 8:9], rows[:1, 9:], rows[1:])]
     assert torch.allclose(twice.flatten(0, 1), torch.cat(alone), atol=1e-4)
+
+
+def test_spread_positions_are_one_sequence():
+    model, (ids, _) = tiny(["softmax"]), prompts((0,), 8)
+    found = logits(model, ids, position_ids=torch.arange(0, 16, 2)[None])
+    assert not torch.allclose(found, logits(model, ids), atol=1e-3)
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % 97
+    assert not torch.allclose(logits(model, changed, position_ids=torch.arange(0, 16, 2)[None])[:, -1], found[:, -1])
 
 
 def test_nan_in_one_packed_sequence_reaches_no_other():

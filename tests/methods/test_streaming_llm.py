@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -104,6 +105,22 @@ def test_distances_stay_in_the_cache_far_into_the_stream() -> None:
             out = layer(ROPE.rotate(one[0], at), ROPE.rotate(one[1], at), one[2], positions=at)
         outputs.append(out)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_learned_sinks_and_softcap_of_the_model_apply_once() -> None:
+    method, qkv = StreamingLLM(sinks=3, window=9, schedule="after"), draw(31, dtype=torch.float64)
+    _, layer = stream(method, tuple(each[:, :, :30] for each in qkv), [30])
+    at = torch.tensor([[30]])
+    step = layer.step(ROPE.rotate(qkv[0][:, :, 30:], at), ROPE.rotate(qkv[1][:, :, 30:], at), qkv[2][:, :, 30:])
+    logit = torch.randn(4, dtype=torch.float64)
+    out = method.attend(dataclasses.replace(step, sink=logit, softcap=1.5))
+    held = [0, 1, 2, *range(21, 31)]
+    ranks = torch.arange(13)[None]
+    keys = ROPE.rotate(qkv[1][:, :, held], ranks).repeat_interleave(2, 1)
+    scores = ROPE.rotate(qkv[0][:, :, 30:], ranks[:, -1:]) @ keys.transpose(-1, -2) / 4
+    scores = 1.5 * torch.tanh(scores / 1.5)
+    weights = torch.cat((scores, logit.view(1, 4, 1, 1)), -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(out, weights @ qkv[2][:, :, held].repeat_interleave(2, 1), rtol=1e-5, atol=1e-6)
 
 
 def test_decoding_overwrites_in_place() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,14 @@ from foveate.registry import Card, cards
 
 DIM, HEADS, TOKENS = 16, 2, 24
 MIXERS = cards(kind="mixer")
+# Options that make another layer of a mixer, for the suite to run as well.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax-window": ("softmax", {"window": 5}),
+    "softmax-grouped": ("softmax", {"kv_heads": 1, "qk_norm": True}),
+    "baseconv-long": ("baseconv", {"kernel": None, "max_length": 400}),
+    "lookups-two-way": ("lookups", {"selection": "two-way"}),
+    "mamba2-groups": ("mamba2", {"groups": 2, "state_dim": 4}),
+}
 
 
 def build(card: Card, dtype: torch.dtype = torch.float64, **options: Any) -> Mixer:
@@ -34,13 +43,24 @@ def tokens(rows: int = 3, length: int = TOKENS, dtype: torch.dtype = torch.float
     return torch.randn(rows, length, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def inputs(mixer: Mixer, rows: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Tokens in the number that the mixer takes."""
+    return tokens(rows, mixer.length or TOKENS, dtype, seed)
+
+
+def any_length(card: Card) -> bool:
+    return build(card).length is None
+
+
 def conforming(check: str, *, having: Callable[[Card], bool] = lambda card: True) -> pytest.MarkDecorator:
     """Parametrise over the mixers that a check applies to; one whose card says that it fails it must fail."""
     chosen = []
-    for card in MIXERS:
+    named = {card.name: card for card in MIXERS}
+    variants = {name: replace(named[mixer], small=options) for name, (mixer, options) in VARIANTS.items()}
+    for name, card in {**named, **variants}.items():
         if having(card):
             marks = [pytest.mark.xfail(reason=card.known[check], strict=True)] if check in card.known else []
-            chosen.append(pytest.param(card, id=card.name, marks=marks))
+            chosen.append(pytest.param(card, id=name, marks=marks))
     return pytest.mark.parametrize("card", chosen)
 
 

@@ -10,7 +10,20 @@ from torch import nn
 from foveate.errors import OptionError, ShapeError, StateError
 from foveate.mixers.base import PATTERNS, Mixer, MixerState
 from foveate.registry import Card
-from tests.mixers.build import DIM, MIXERS, TOKENS, build, conforming, has, relative, run, tensors_of, tokens
+from tests.mixers.build import (
+    DIM,
+    MIXERS,
+    TOKENS,
+    any_length,
+    build,
+    conforming,
+    has,
+    inputs,
+    relative,
+    run,
+    tensors_of,
+    tokens,
+)
 
 CAUSAL = has("causal-self")
 
@@ -51,7 +64,7 @@ def test_later_tokens_change_nothing_earlier(card):
     assert not torch.allclose(before[:, 15:], after[:, 15:])
 
 
-@conforming("packed")
+@conforming("packed", having=any_length)
 def test_packed_sequences_are_the_loop_over_them(card):
     mixer, x = build(card), tokens(1)
     lengths = [5, 0, 12, 7]
@@ -77,7 +90,7 @@ def test_packed_sequences_continue_from_their_states(card):
         assert relative(batched[row], expected[0, start + 6 :]) < 1e-9
 
 
-@conforming("nan")
+@conforming("nan", having=any_length)
 def test_nan_in_one_packed_sequence_reaches_no_other(card):
     mixer, x = build(card), tokens(1)
     expected, _ = mixer(x, cu_seqlens=torch.tensor([0, 9, 15, 24]))
@@ -91,7 +104,7 @@ def test_nan_in_one_packed_sequence_reaches_no_other(card):
         assert all(bool(each.isfinite().all()) for each in tensors_of(kept))
 
 
-@conforming("padding")
+@conforming("padding", having=any_length)
 def test_padding_anywhere_is_as_if_it_were_not_there(card):
     mixer, x = build(card), tokens()
     real = torch.ones(3, TOKENS, dtype=torch.bool)
@@ -138,7 +151,7 @@ def test_a_constant_state_does_not_grow(card):
 @conforming("gradient")
 def test_gradients_are_right(card):
     mixer = build(card).train()
-    x = tokens(1, 5).requires_grad_()
+    x = (inputs(mixer, 1) if mixer.length else tokens(1, 5)).requires_grad_()
     parameters = list(mixer.parameters())
 
     def outputs(x, *values):
@@ -153,7 +166,8 @@ def test_gradients_are_right(card):
 
 @conforming("autocast")
 def test_bfloat16_autocast_is_close(card):
-    mixer, x = build(card, torch.float32), tokens(2, TOKENS, torch.float32)
+    mixer = build(card, torch.float32)
+    x = inputs(mixer, 2, torch.float32)
     exact, _ = mixer(x)
     with torch.autocast("cpu", torch.bfloat16):
         rough, _ = mixer(x)
@@ -168,13 +182,14 @@ def test_bfloat16_autocast_is_close(card):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_have_the_inputs_dtype(card, dtype):
     mixer = build(card, dtype)
-    y, _ = mixer(tokens(2, 7, dtype))
+    y, _ = mixer(inputs(mixer, 2, dtype))
     assert y.dtype == dtype
 
 
 @conforming("save")
 def test_saved_weights_give_the_same_layer(card, tmp_path):
-    mixer, x = build(card), tokens()
+    mixer = build(card)
+    x = inputs(mixer)
     save_file(mixer.state_dict(), tmp_path / "weights.safetensors")
     other = type(mixer)(**{"dim": DIM, "heads": mixer.heads, "layer": 1, "layers": 3, **(card.small or {})})
     other.to(torch.float64).eval().load_state_dict(load_file(tmp_path / "weights.safetensors"))
@@ -238,21 +253,27 @@ def test_bad_input_is_refused_by_name(card):
 @conforming("pattern-errors")
 def test_patterns_that_a_mixer_lacks_are_refused(card):
     mixer = build(card)
-    if "causal-cross" not in mixer.patterns and mixer.causal:
-        with pytest.raises(OptionError, match="used as causal-cross, allowed"):
-            mixer(tokens(), context=tokens())
+    x = inputs(mixer)
+    pattern = "causal-cross" if mixer.causal else "noncausal-cross"
+    if pattern not in mixer.patterns:
+        with pytest.raises(OptionError, match=f"used as {pattern}, allowed"):
+            mixer(x, context=x)
     if not mixer.causal:
         with pytest.raises(StateError, match="is not causal and keeps no state"):
-            mixer(tokens(), state=MixerState(owner=mixer.owner, position=torch.zeros(3, dtype=torch.int64)))
+            mixer(x, state=MixerState(owner=mixer.owner, position=torch.zeros(3, dtype=torch.int64)))
 
 
 def noncausal(card: Card) -> Mixer:
-    return build(card, causal=False) if CAUSAL(card) else build(card)
+    if not CAUSAL(card):
+        return build(card)
+    # A window looks back only, and is refused without causality.
+    return build(card, causal=False, **({"window": None} if "window" in (card.small or {}) else {}))
 
 
 @conforming("noncausal-self", having=has("noncausal-self"))
 def test_noncausal_tokens_read_later_ones(card):
-    mixer, x = noncausal(card), tokens()
+    mixer = noncausal(card)
+    x = inputs(mixer)
     y, state = mixer(x)
     assert state is None
     assert mixer.state_bytes(3, TOKENS) == 0
@@ -263,7 +284,8 @@ def test_noncausal_tokens_read_later_ones(card):
 
 @conforming("noncausal-cross", having=has("noncausal-cross"))
 def test_cross_attention_reads_the_context_alone(card):
-    mixer, x, context = noncausal(card), tokens(), tokens(length=10, seed=1)
+    mixer = noncausal(card)
+    x, context = inputs(mixer), tokens(length=10, seed=1)
     y, state = mixer(x, context=context)
     assert state is None
     assert y.shape == x.shape

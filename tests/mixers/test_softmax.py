@@ -53,6 +53,19 @@ def test_a_common_shift_of_positions_changes_nothing():
     assert state.position.tolist() == [1009]
 
 
+def test_packed_sequences_may_say_where_they_stand():
+    torch.manual_seed(0)
+    mixer = create_mixer("softmax", dim=16, heads=2).double()
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    at = torch.tensor([[7, 8, 3, 4, 5]])
+    _, state = mixer(x, positions=at, cu_seqlens=torch.tensor([0, 0, 2, 2, 5]))
+    assert state.position.tolist() == [0, 9, 0, 6]
+    alone, _ = mixer(x[:, 2:], positions=at[:, 2:])
+    assert torch.allclose(mixer(x, positions=at, cu_seqlens=torch.tensor([0, 2, 5]))[0][:, 2:], alone)
+    real = torch.tensor([[False, True, True, False, True]])
+    assert mixer(x, positions=at, padding=real)[1].position.tolist() == [6]
+
+
 def test_positions_matter():
     torch.manual_seed(0)
     mixer = create_mixer("softmax", dim=16, heads=2).double()

@@ -20,6 +20,7 @@ import torch
 GENERATED = 128
 _REACH = 4.0
 _SAME = 0.03
+_ROUGH = 0.1
 _GRID = 513
 
 
@@ -87,7 +88,9 @@ def break_even(method: str, points: Sequence[Point], generated: int = GENERATED)
     error = max(float((_at(fit, tokens) / seconds - 1).abs().max()) for fit, seconds in zip(fits, (ours, dense)))
     verdict, at = _read(fits, ours, dense, measured)
     outside = at is not None and not measured[0] <= at <= measured[1]
-    text = _text(verdict, at, outside, measured, generated, float((dense / ours).mean()))
+    text = _text(verdict, at, outside, measured, float((dense / ours).mean()))
+    if error > _ROUGH:
+        text += f"; rough: the fits miss by up to {error:.0%}"
     return BreakEven(method, verdict, at, outside, measured, generated, round(error, 4), text)
 
 
@@ -137,9 +140,7 @@ def _cross(gap: torch.Tensor, low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def _text(
-    verdict: str, at: int | None, outside: bool, measured: tuple[int, int], generated: int, speed_up: float
-) -> str:
+def _text(verdict: str, at: int | None, outside: bool, measured: tuple[int, int], speed_up: float) -> str:
     span = f"{measured[0]:,} to {measured[1]:,} tokens"
     beyond = " (extrapolated)" if outside else ""
     return {

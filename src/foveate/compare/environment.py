@@ -16,6 +16,7 @@ import transformers
 import foveate
 from foveate.compare.memory import kind_of_peak
 from foveate.hf.identity import identify
+from foveate.hf.models import cache_root
 from foveate.hf.modules import check_model
 
 # The rooms whose code decides what a cell's numbers are; a change in them makes old cells invalid.
@@ -76,9 +77,8 @@ def model_facts(model: Any) -> dict[str, Any]:
     """Name, size and attention shape of a model; raises UnsupportedModelError when no method could serve it."""
     check_model(model)
     identity = identify(model)
-    name = str(getattr(model, "name_or_path", "") or "")
     return {
-        "name": Path(name).name or type(model).__name__,
+        "name": _name(model),
         "type": identity.model_type,
         "parameters": sum(each.numel() for each in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -88,6 +88,15 @@ def model_facts(model: Any) -> dict[str, Any]:
         "head_dim": identity.head_dim,
         "fingerprint": identity.fingerprint,
     }
+
+
+def _name(model: Any) -> str:
+    """The model's own name: the last part of its path or hub name."""
+    path = Path(str(getattr(model, "name_or_path", "") or ""))
+    if path.parent == cache_root() / "models":
+        # The bundled model's folder ends in a hash of its file.
+        return path.name.rsplit("-", 1)[0]
+    return path.name or type(model).__name__
 
 
 @cache

@@ -50,7 +50,7 @@ class Matrix:
             chosen[spec] = task
         if not chosen:
             raise OptionError(f"tasks=[], allowed: at least one of {', '.join(registry.names(kind='task'))}")
-        return cls(made, chosen, _lengths(lengths), _seeds(seeds))
+        return cls(made, chosen, check_lengths(lengths), _seeds(seeds))
 
     def seeds_of(self, task: str) -> tuple[int, ...]:
         """The seeds a task is run with: a task that has fewer examples than seeds gets each example once."""
@@ -93,7 +93,8 @@ def _texts(what: str, given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(each.strip() for each in given))
 
 
-def _lengths(given: Sequence[int] | int) -> tuple[int, ...]:
+def check_lengths(given: Sequence[int] | int) -> tuple[int, ...]:
+    """Prompt lengths, ascending, each once; OptionError for anything but whole numbers above 0."""
     found = (given,) if isinstance(given, int) else tuple(given)
     if not found or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in found):
         raise OptionError(f"lengths={given!r}, allowed: whole numbers of tokens >= 1, at least one")

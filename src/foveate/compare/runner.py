@@ -22,7 +22,7 @@ from foveate.compare.environment import (
     source_digest,
     versions,
 )
-from foveate.compare.matrix import Group, Matrix
+from foveate.compare.matrix import Group, Matrix, check_lengths
 from foveate.compare.measure import Ways, measure, warm_up
 from foveate.compare.memory import quick_collections
 from foveate.compare.progress import showing
@@ -78,7 +78,7 @@ def compare(
     matrix = Matrix.of(methods, tasks, lengths, seeds)
     ways = _ways(query_aware, stride, min_decode_tokens)
     facts = model_facts(model)
-    extra = _lengths_of(break_even_lengths)
+    extra = check_lengths(break_even_lengths) if break_even_lengths else ()
     examples = matrix.examples(tokenizer, model.get_input_embeddings().num_embeddings)
     folder = Path(out)
     runner = Runner(model, tokenizer, matrix, ways, examples, CellStore(folder / "cells"), facts)
@@ -110,12 +110,6 @@ def _ways(query_aware: bool, stride: int, min_decode_tokens: int) -> Ways:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r}, allowed: a whole number >= {least}")
     return Ways(query_aware, stride, min_decode_tokens)
-
-
-def _lengths_of(given: Sequence[int]) -> tuple[int, ...]:
-    if not given:
-        return ()
-    return Matrix.of([], ["passkey"], given, 1).lengths
 
 
 @dataclass
@@ -215,6 +209,8 @@ class Runner:
         return {**measured.as_dict(), "date": now(), "loadavg": load_average()}
 
     def _refused(self, group: Group, seeds: Sequence[int], error: Exception, show: Any) -> dict[str, Any]:
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
         row = refused_row(group, seeds, self.ways.query_aware, error)
         if group.method not in self.refusals:
             self.refusals[group.method] = row["error"]

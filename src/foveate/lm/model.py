@@ -191,7 +191,7 @@ class HybridLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, N] or inputs_embeds: [B, N, C].
             attention_mask: [B, past + N] or [B, N], 0 for padding, which may stand anywhere.
-            position_ids: [B or 1, N]. Without a cache, positions that do not rise by one start a new sequence, as
+            position_ids: [B or 1, N]. With nothing cached, a position that does not rise starts a new sequence, as
                 transformers' padding-free collator writes them.
             cu_seqlens: [R + 1], boundaries of R sequences packed into B = 1 (also as `cu_seq_lens_q`). A cache then has
                 R rows.
@@ -291,7 +291,7 @@ class HybridLM(PreTrainedModel, GenerationMixin):
             return Layout((B, N), real, bounds, None if positions is None else positions[real][None])
         if positions is not None and (cache is None or cache.get_seq_length() == 0):
             starts = positions.new_ones(positions.shape, dtype=torch.bool)
-            starts[:, 1:] = positions.diff() != 1
+            starts[:, 1:] = positions.diff() <= 0
             if bool(starts[:, 1:].any()):
                 bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=B * N).cpu()
                 return Layout((B, N), None, bounds, positions.flatten()[None])

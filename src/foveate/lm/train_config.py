@@ -19,6 +19,7 @@ Unknown tables and options raise UnknownNameError with the nearest names; values
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ class DataConfig:
     """What is learned from: a synthetic task, or text."""
 
     task: str | None = option(None, "a synthetic task", one_of=(*TASKS, None))
-    task_options: dict[str, Any] | None = option(None, "the task's own options")
+    task_options: Mapping[str, Any] | None = option(None, "the task's own options")
     slices: tuple[dict[str, Any], ...] = option((), "further test sets: task options that replace the ones above")
     train: int = option(20000, "training examples of a task", at_least=1)
     test: int = option(1000, "test examples of a task", at_least=1)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,110 +20,10 @@ from foveate import registry
 from foveate.attention.chunks import read_offsets
 from foveate.attention.shapes import match
 from foveate.errors import OptionError, ShapeError, StateError, UnknownNameError
+from foveate.mixers.state import MixerState, SeparateStates, merge_states, single_rows
 from foveate.options import check_names, nearest, parse_spec
 
 PATTERNS = frozenset({"causal-self", "noncausal-self", "causal-cross", "noncausal-cross"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixerState:
-    """What one mixer knows of the tokens it has read. Opaque to the shell; row b belongs to sequence b.
-
-    Fields of subclasses hold batch-first tensors, tuples and dataclasses of such, or plain values that all rows share.
-
-    owner: the mixer it belongs to, see `Mixer.owner`.
-    position: [B] int64, the position of each row's next token.
-    auxiliary_loss: a scalar that training adds to the loss, of the call that returned this state; None for most
-        mixers. It belongs to no row: it has no bytes, and whatever moves rows drops it.
-    """
-
-    owner: str
-    position: Tensor
-    auxiliary_loss: Tensor | None = field(default=None, metadata={"per_call": True})
-
-    @property
-    def batch(self) -> int:
-        return self.position.shape[0]
-
-    def bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(each.numel() * each.element_size() for each in _tensors(self))
-
-    def reorder(self, index: Tensor) -> Self:
-        """Rows by index [B'] int64, which may repeat or leave out rows (beam search)."""
-        return self.map(lambda each: each.index_select(0, index.to(each.device)))
-
-    def split(self, sizes: Sequence[int]) -> list[Self]:
-        """States of consecutive groups of rows; `merge` is the inverse."""
-        if sum(sizes) != self.batch or any(size < 0 for size in sizes):
-            raise StateError(f"split({list(sizes)}) of a state of {self.batch} rows, allowed: sizes that sum to it")
-        bounds = [0]
-        for size in sizes:
-            bounds.append(bounds[-1] + size)
-        return [self.map(lambda each, a=a, b=b: each[a:b]) for a, b in pairwise(bounds)]  # type: ignore[misc]
-
-    @classmethod
-    def merge(cls, states: Sequence[Self]) -> Self:
-        """One state with the rows of all, in order. Raises StateError for states of different mixers."""
-        if not states:
-            raise StateError("merge of no states, allowed: at least one")
-        merged: Self = _concatenate(states)
-        return merged
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same state with every tensor changed."""
-        changed: Self = _mapped(self, change)
-        return changed
-
-    def check(self, owner: str, batch: int) -> None:
-        """Raise StateError unless the state is `owner`'s and has `batch` rows."""
-        if self.owner != owner:
-            raise StateError(f"the state is of {self.owner}, allowed: a state of {owner}")
-        if self.batch != batch:
-            raise StateError(
-                f"the state of {owner} has {self.batch} rows, allowed: {batch}, one for each sequence; "
-                "reorder, split or merge it first"
-            )
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """What a dataclass holds by name; what belongs to one call is None."""
-    found = dataclasses.fields(value)
-    return {each.name: None if each.metadata.get("per_call") else getattr(value, each.name) for each in found}
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        yield from _tensors(tuple(_fields(value).values()))
-    elif isinstance(value, tuple):
-        for each in value:
-            yield from _tensors(each)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: _mapped(each, change) for name, each in _fields(value).items()})
-    if isinstance(value, tuple):
-        return tuple(_mapped(each, change) for each in value)
-    return value
-
-
-def _concatenate(values: Sequence[Any]) -> Any:
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(values))
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        held = [_fields(each) for each in values]
-        return dataclasses.replace(first, **{name: _concatenate([each[name] for each in held]) for name in held[0]})
-    if isinstance(first, tuple):
-        return tuple(_concatenate(each) for each in zip(*values, strict=True))
-    if any(each != first for each in values[1:]):
-        raise StateError(f"merge of states with {first!r} and {values[1:]!r}, allowed: states of one mixer and phase")
-    return first
 
 
 class Initialised(nn.Module):
@@ -153,12 +52,14 @@ class Mixer(Initialised):
             that is never causal (`causal = False` on the class).
         constant_state: whether the state stops growing with the length (an option may change it for an instance).
         packs: whether `mix` takes packed sequences; otherwise they are run one by one (an option may change it too).
+        length: the only number of tokens it takes (a grid); None for any.
         shared: names of parameters that all layers of this mixer in one model share.
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"causal-self"})
     constant_state: bool = True
     packs: bool = True
+    length: int | None = None
     shared: ClassVar[tuple[str, ...]] = ()
     causal: bool = True
 
@@ -227,6 +128,7 @@ class Mixer(Initialised):
             return self._cross(x, context, padding, context_padding), None
         offsets = None if cu_seqlens is None else read_offsets(cu_seqlens, B, N)
         rows = B if offsets is None else len(offsets) - 1
+        self._check_length([N] if offsets is None else [b - a for a, b in pairwise(offsets)])
         if state is not None:
             if not self.causal:
                 raise StateError(f"{self.owner} is not causal and keeps no state, allowed: state=None")
@@ -253,22 +155,25 @@ class Mixer(Initialised):
         following = positions
         if positions is None:
             positions = _continued(state.position, x, offsets)
-        if offsets is not None and not self.packs:
-            y, after = self._one_by_one(x, state, positions, offsets)
+        if isinstance(state, SeparateStates) or (offsets is not None and not self.packs):
+            y, after = self._one_by_one(x, state, positions.expand(x.shape[0], -1), offsets)
         else:
             y, after = self.mix(x, state, positions.expand(x.shape[0], -1), cu_seqlens)
         if not self.causal:
             return y, None
-        return y, dataclasses.replace(after, position=_next(state.position, following, x, offsets))
+        return y, _at(after, _next(state.position, following, x, offsets))
 
-    def _one_by_one(self, x: Tensor, state: Any, positions: Tensor, offsets: tuple[int, ...]) -> tuple[Tensor, Any]:
-        outputs, states = [], []
-        for row, (begin, end) in zip(state.split([1] * state.batch), pairwise(offsets)):
-            if end > begin:
-                y, row = self.mix(x[:, begin:end], row, positions[:, begin:end], None)
+    def _one_by_one(
+        self, x: Tensor, state: MixerState, positions: Tensor, offsets: tuple[int, ...] | None
+    ) -> tuple[Tensor, MixerState]:
+        """Each sequence alone, packed or a row of the batch."""
+        outputs, states = [], single_rows(state)
+        for n, row in enumerate(states):
+            piece = (slice(n, n + 1), slice(None)) if offsets is None else (slice(None), slice(*offsets[n : n + 2]))
+            if x[piece].shape[1]:
+                y, states[n] = self.mix(x[piece], row, positions[piece], None)
                 outputs.append(y)
-            states.append(row)
-        return torch.cat(outputs, 1), type(state).merge(states)
+        return torch.cat(outputs, 0 if offsets is None else 1), merge_states(states)
 
     def _padded(self, x: Tensor, state: Any, positions: Tensor | None, padding: Tensor) -> tuple[Tensor, Any]:
         """Pack the real tokens, run, and put the outputs back."""
@@ -298,6 +203,10 @@ class Mixer(Initialised):
         pattern = ("causal" if self.causal else "noncausal") + ("-self" if context is None else "-cross")
         self.require(pattern in self.patterns, f"used as {pattern}, allowed: {sorted(self.patterns)}")
 
+    def _check_length(self, lengths: list[int]) -> None:
+        if self.length is not None and any(each != self.length for each in lengths):
+            raise ShapeError(f"{self.owner}: sequences of {lengths} tokens, allowed: {self.length} each")
+
     def start(self, batch: int, like: Tensor) -> Any:
         """The state of `batch` sequences before their first token, for inputs like `like` (device and dtype)."""
         return MixerState(owner=self.owner, position=start_position(batch, like))
@@ -321,6 +230,14 @@ class Mixer(Initialised):
     def meta(self) -> Tensor:
         """An empty tensor on the meta device, of the parameters' dtype."""
         return torch.empty(0, dtype=next(self.parameters()).dtype, device="meta")
+
+
+def _at(state: MixerState, position: Tensor) -> MixerState:
+    """The state with these positions of the next tokens."""
+    if isinstance(state, SeparateStates):
+        rows = tuple(dataclasses.replace(row, position=at) for row, at in zip(state.rows, position.split(1)))
+        return dataclasses.replace(state, position=position, rows=rows)
+    return dataclasses.replace(state, position=position)
 
 
 def start_position(batch: int, like: Tensor) -> Tensor:

@@ -72,4 +72,8 @@ class ShortConvolution(Initialised):
 
     def forward(self, x: Tensor, cache: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, N, C] and the cache [R, W - 1, C] of the tokens before -> y [B, N, C] and the cache after."""
-        return causal_conv(x, self.weight, self.bias, activation=self.activation, cache=cache, cu_seqlens=cu_seqlens)
+        y, after = causal_conv(
+            x, self.weight, self.bias, activation=self.activation, cache=cache, cu_seqlens=cu_seqlens
+        )
+        # A view of a long prompt would keep all of it.
+        return y, after.clone() if x.shape[1] > self.weight.shape[-1] else after

@@ -91,8 +91,8 @@ def echo_scores(q: Tensor, k: Tensor, at: Tensor, tokens: int, *, scale: float) 
         weights = attention_rows(rows, k, scale=scale, positions=Positions(some.expand(q.shape[0], -1)))
         back = some[:, None] - keys
         copies = (back > 0) & (back % tokens == 0)
-        # What followed a copy stands one later, and is never the query itself.
-        followers = (back + 1 > 0) & ((back + 1) % tokens == 0) & (back >= 0)
+        # What followed a copy stands one later; nothing precedes key 0.
+        followers = (back > 0) & ((back + 1) % tokens == 0) & (keys > 0)
         echo += (weights * copies).sum((2, 3))
         induction += (weights * followers).sum((2, 3))
     return echo / at.numel(), induction / at.numel()

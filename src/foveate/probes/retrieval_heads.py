@@ -96,7 +96,7 @@ class RetrievalHeads(Probe):
     depths: int = option(4, "how many depths of the needle, from the start to the end", at_least=1)
     needles: int = option(len(NEEDLES), "how many of the needles", at_least=1, at_most=len(NEEDLES))
     max_new_tokens: int = option(24, "tokens of the longest reply", at_least=1)
-    chat: bool = option(False, "put the prompt into the tokenizer's chat template")
+    chat: bool | None = option(None, "use the tokenizer's chat template; default: when it has one")
 
     def check(self) -> None:
         if self.max_length < self.min_length:
@@ -106,11 +106,15 @@ class RetrievalHeads(Probe):
         """Every length, depth and needle; `text` is the prose that the needle hides in."""
         lengths = torch.linspace(self.min_length, self.max_length, self.lengths).round().int().tolist()
         depths = torch.linspace(0, 1, self.depths).tolist() if self.depths > 1 else [0.5]
+        template = getattr(tokenizer, "chat_template", None) is not None
+        chat = template if self.chat is None else self.chat
+        if chat and not template:
+            raise self.refuse("chat", "False for a tokenizer without a chat template")
         for number, needle in enumerate(NEEDLES[: self.needles]):
             for length in lengths:
                 for depth in depths:
                     yield make_trial(
-                        tokenizer, text, needle, length, depth, skip=number * len(text) // self.needles, chat=self.chat
+                        tokenizer, text, needle, length, depth, skip=number * len(text) // self.needles, chat=chat
                     )
 
     @property
@@ -137,7 +141,7 @@ class RetrievalHeads(Probe):
         if not retrieval:
             raise DataError(
                 f"the model answered none of the {self.count} needle questions, so no head can be scored; use shorter "
-                "prompts (max_length), the chat template (chat=True), or a stronger model"
+                "prompts (max_length), the other setting of chat, or a stronger model"
             )
         tables = {}
         for name, found in (("retrieval", retrieval), ("semantic", semantic)):

@@ -7,13 +7,14 @@ model, and with the key followed by the same words before and after:
     ...
     amber-castle:        and the model goes on
 
-There is no question in words: SmolLM2-135M-Instruct answers 9 of 12 lookups among 86 pairs so, and 3 of 12 among 33
-pairs with one (CPU, float32).
+There is no question in words: SmolLM2-135M-Instruct (CPU, float32) finds 9 of 12 values among 86 pairs so, and 1 of
+12 among 43 when "What is the number of KEY?" comes before the key.
 
 `pairs=None` fills the whole length with pairs, `pairs=n` spreads n of them over prose. Each of the `queries` looks
 up another key, on a copy of the context's cache; the score is the mean.
 
-Differs from MQAR: text instead of bare token ids, and lookups that do not see each other.
+Differs from MQAR: text instead of bare token ids, and lookups that do not see each other. In a chat template the key
+opens the model's reply.
 
 Errors: a length too small raises OptionError with the smallest; one that needs more than 20,000 pairs, with
 the largest. Cost: linear in the length.
@@ -21,7 +22,6 @@ the largest. Cost: linear in the length.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Recall(DraftedTask):
 
     queries: int = option(1, "keys looked up, each on a copy of the context's cache", at_least=1, at_most=1000)
     pairs: int | None = option(
-        None, "pairs in the context, spread over prose; None: nothing but pairs", at_least=1, at_most=_MOST_PAIRS
+        None, "pairs in the context, spread over prose; None: nothing but pairs", at_least=1, at_most=_MOST_PAIRS // 2
     )
     depth: float | None = option(
         None,
@@ -82,8 +82,8 @@ class Recall(DraftedTask):
             depths[0] = self.depth
         depths += [rng.random() for _ in range(self.queries, self.pairs or 0)]
         prose = haystack.prose(self.text, rng)
-        last, *first = itertools.islice(drawn := _pairs(rng), len(depths) + 1)
-        needles = [(depth, *pair) for depth, pair in zip(depths, first, strict=True)]
+        drawn = _pairs(rng)
+        last, needles = next(drawn), [(depth, *next(drawn)) for depth in depths]
         if self.pairs is None:
             filler, padding = haystack.lazily(_line(*pair) for pair in drawn), "\n" + _line(*last)
         else:

@@ -37,7 +37,7 @@ function mark(method) {
 // A method's name that may break after the signs that join its parts.
 function breakable(text) {
   const span = make("span");
-  text.split(/(?<=[+:,])/).forEach((piece, place) => span.append(...(place ? [make("wbr")] : []), piece));
+  text.split(/(?<=[+:,/])/).forEach((piece, place) => span.append(...(place ? [make("wbr")] : []), piece));
   return span;
 }
 function named(method) {
@@ -53,7 +53,9 @@ function fillTable(table, heads, lines) {
   const top = make("tr");
   heads.forEach((text, place) => {
     const below = place && lines.length ? lines[0].cells[place - 1] : "";
-    top.append(make("th", text, { scope: "col", ...(typeof below === "string" ? {} : { class: "text" }) }));
+    const cell = make("th", null, { scope: "col", ...(typeof below === "string" ? {} : { class: "text" }) });
+    cell.append(breakable(text));
+    top.append(cell);
   });
   head.append(top);
   const body = make("tbody");
@@ -131,13 +133,13 @@ function words() {
   const size = model.parameters >= 1e9 ? `${(model.parameters / 1e9).toFixed(1)} B` : `${(model.parameters / 1e6).toFixed(0)} M`;
   byId("lede").textContent =
     `${size} parameters in ${model.dtype}, ${model.layers} layers with ${model.kv_heads} KV heads, on ${where.device} ` +
-    `(${where.threads} threads), ${where.date.slice(0, 10)}. ` +
+    `(${where.threads} thread${where.threads === 1 ? "" : "s"}), ${where.date.slice(0, 10)}. ` +
     (settings.query_aware ? "Methods see the question when they compress the prompt (query-aware)."
       : "Methods compress the context before they see the question (query-agnostic).");
   const told = unique(ROWS.filter((row) => row.error).map((row) => `${row.method} refused: ${row.error}`));
   byId("refusals").replaceChildren(...told.map((text) => make("p", text, { class: "refused" })));
   const facts = {
-    Device: `${where.device} (${where.device_type}), ${where.threads} threads`, Platform: where.platform,
+    Device: `${where.device} (${where.device_type}), ${where.threads} thread${where.threads === 1 ? "" : "s"}`, Platform: where.platform,
     Versions: Object.entries(where.versions).map(([name, version]) => `${name} ${version}`).join(", "),
     Date: where.date, "Load average": where.loadavg ? where.loadavg.join(", ") : "–", "Peak memory": where.peak_bytes_kind,
     Model: `${model.name} (${model.type}), ${count(model.parameters)} parameters, ${model.dtype}, head width ${model.head_dim}, weights ${model.fingerprint}`,

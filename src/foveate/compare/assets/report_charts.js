@@ -16,6 +16,9 @@ function lookOf(method) {
   return { color: colors[place % colors.length], symbol: SYMBOLS[place % SYMBOLS.length] };
 }
 
+// The dense model's marker: methods that lie on it stay visible.
+const ring = (size) => ({ color: css("--text"), symbol: "circle-open", size, line: { color: css("--text"), width: 2 } });
+
 function baseLayout(height, more = {}) {
   const axis = {
     gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true, fixedrange: true,
@@ -27,7 +30,7 @@ function baseLayout(height, more = {}) {
     margin: { l: narrow() ? 46 : 60, r: narrow() ? 10 : 20, t: 14, b: 48 },
     font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--text") },
     hoverlabel: {
-      bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--text"), size: 13 }, align: "left",
+      bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--text"), size: 13, family: getComputedStyle(document.body).fontFamily }, align: "left",
       namelength: -1,
     },
     ...more,
@@ -80,9 +83,8 @@ function tradeoff(state, figure, axis) {
     return {
       x: [row[figure] / scale.unit], y: [quality(row)], mode: "markers", name: row.method, hoverinfo: "text",
       text: [describe(row)],
-      // A ring for the dense model: methods that lie on it stay visible.
       marker: row.method === "dense"
-        ? { color: look.color, symbol: "circle-open", size: 20, line: { color: look.color, width: 2 } }
+        ? ring(20)
         : { color: look.color, symbol: look.symbol, size: 13, line: { color: css("--page"), width: 1.5 } },
     };
   });
@@ -108,7 +110,9 @@ const speedChart = (state) =>
 function lengthChart(state) {
   if (LENGTHS.length < 2) return qualityBars(state);
   const byLength = LENGTHS.map((length) => chosen(state.task, length));
-  const data = METHODS.filter((method) => state.shown.has(method)).map((method) => {
+  // The dense model comes last, to lie above the methods that equal it.
+  const order = [...METHODS.slice(1), METHODS[0]].filter((method) => state.shown.has(method));
+  const data = order.map((method) => {
     const rows = byLength.map((some) => some.find((row) => row.method === method)).filter((row) => row && quality(row) !== null);
     const look = lookOf(method);
     const dense = method === "dense";
@@ -116,7 +120,7 @@ function lengthChart(state) {
       x: rows.map((row) => row.length), y: rows.map(quality), mode: "lines+markers", name: method, hoverinfo: "text",
       text: rows.map((row) => `${describe(row)}<br>${count(row.length)} tokens`),
       line: { color: look.color, width: 2, dash: dense ? "dash" : "solid" },
-      marker: { color: look.color, symbol: look.symbol, size: 10, line: { color: css("--page"), width: 1 } },
+      marker: dense ? ring(14) : { color: look.color, symbol: look.symbol, size: 10, line: { color: css("--page"), width: 1 } },
     };
   });
   return {

@@ -78,7 +78,7 @@ class DuoCalibration(Calibration):
 
     sinks: int = option(16, "first tokens that the gated pass streams over", at_least=0)
     window: int = option(64, "last tokens that the gated pass streams over", at_least=1)
-    steps: int = option(80, "optimiser steps, one prompt each", at_least=1)
+    steps: int = option(60, "optimiser steps, one prompt each", at_least=1)
     lr: float = option(0.05, "AdamW's learning rate at its highest", above=0)
     l1: float = option(0.05, "weight of the mean gate in the loss", at_least=0)
     passkeys: int = option(4, "passkeys per prompt", at_least=1, at_most=len(ORDINALS))

@@ -23,7 +23,7 @@ class NeedleSettings(Calibration):
     depths: int = option(4, "how many depths of the needle", at_least=1)
     needles: int = option(len(NEEDLES), "how many of the needles", at_least=1, at_most=len(NEEDLES))
     max_new_tokens: int = option(24, "tokens of the longest reply", at_least=1)
-    chat: bool = option(False, "put the prompts into the tokenizer's chat template")
+    chat: bool | None = option(None, "use the tokenizer's chat template; default: when it has one")
     text: str | None = option(None, "a UTF-8 file of filler prose; default: the English prose of Python's manual")
 
     def check(self) -> None:

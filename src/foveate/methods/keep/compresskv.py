@@ -14,8 +14,8 @@ p is the float32 softmax over all N keys; e_l, summing to 1 over the L layers, i
 layer's attention output when its cache is evicted. Cost: first_k x window x N scores per layer, once.
 
 Differs from the authors' code: kept slots are sorted; padding is masked; where a prompt is so short that B < least, all
-layers keep B. `ratio` gives B from the prompt's length. Votes of a layer without scores (NaN) never happen: its window
-is the model's own.
+layers keep B. `ratio` gives B from the prompt's length. A layer with a sliding window of its own has no scores and no
+error (NaN): it does not share, and is left as it is.
 """
 
 from __future__ import annotations
@@ -101,8 +101,10 @@ class CompressKV(Calibrated, PromptKeep):
         """B_l: keys that a layer keeps when layers keep `mean` on average."""
         if not self.allocate:
             return mean
-        error = self.table("error").double().tolist()
-        return layer_budgets(error, mean, min(self.least, mean), MOST * mean)[layer]
+        error = self.table("error").double()
+        sharing = (~error.isnan()).nonzero()[:, 0].tolist()
+        budgets = layer_budgets(error[sharing].tolist(), mean, min(self.least, mean), MOST * mean)
+        return budgets[sharing.index(layer)]
 
     def choose(self, step: Step) -> Change | None:
         tokens = step.real_tokens()

@@ -17,6 +17,7 @@ O(N C kernel), long O(N log N C) for a prompt and O(S C) for one token.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -38,7 +39,12 @@ class ConvolutionState(MixerState):
     inputs: Tensor
 
     @classmethod
-    def merge(cls, states: list[Self]) -> Self:  # type: ignore[override]
+    def mergeable(cls, states: Sequence[Self]) -> bool:
+        # Rows of fewer slots are filled up from the left.
+        return len({each.owner for each in states}) == 1
+
+    @classmethod
+    def merge(cls, states: Sequence[Self]) -> Self:
         slots = max((each.inputs.shape[1] for each in states), default=0)
         return super().merge(
             [replace(each, inputs=F.pad(each.inputs, (0, 0, slots - each.inputs.shape[1], 0))) for each in states]

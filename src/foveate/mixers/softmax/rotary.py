@@ -14,6 +14,7 @@ min(length, window). Rows of different lengths stand at the right end of the slo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Self
@@ -42,7 +43,12 @@ class SoftmaxState(MixerState):
     ragged: bool = False
 
     @classmethod
-    def merge(cls, states: list[Self]) -> Self:  # type: ignore[override]
+    def mergeable(cls, states: Sequence[Self]) -> bool:
+        # Rows of fewer slots are filled up from the left.
+        return len({each.owner for each in states}) == 1
+
+    @classmethod
+    def merge(cls, states: Sequence[Self]) -> Self:
         slots = max((each.keys.shape[2] for each in states), default=0)
         ragged = any(each.ragged or each.keys.shape[2] != slots for each in states)
         return super().merge(

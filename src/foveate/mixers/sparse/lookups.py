@@ -156,8 +156,8 @@ class LookupsMixer(Mixer):
         if index.shape[1] == 0:
             return x
         rows = q.gather(2, index[:, None, :, None].expand(-1, self.heads, -1, self.head_dim))
-        at = places.queries(N, slots, x.device).expand(x.shape[0], -1).gather(1, index).masked_fill(~present, -1)
-        asked = Positions(at, places.k, holes=True, ordered=True)
+        at = places.queries(N, slots, x.device).expand(x.shape[0], -1).gather(1, index)
+        asked = Positions(at, places.k, holes=places.holes)
         o = self.o_proj(attend(rows, k, v, positions=asked).transpose(1, 2).flatten(2))
         weight = (selected.gather(1, index) * present)[..., None].to(o.dtype)
         return x.to(o.dtype).scatter_add(1, index[..., None].expand(-1, -1, self.dim), weight * o)

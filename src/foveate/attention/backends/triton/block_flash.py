@@ -262,7 +262,7 @@ def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor | None:
     """x [B, H, N, D] for the tensor memory accelerator, None where its strides do not allow it."""
     B, H, N, D = x.shape
     aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
-    if not aligned or D != runtime.power_of_two(D, 16):
+    if not aligned or runtime.power_of_two(D, 16) != D:
         return None
     return TensorDescriptor(x, [B, H, N, D], list(x.stride()), [1, 1, block_n, D])
 
@@ -270,8 +270,9 @@ def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor | None:
 def check_plan(plan: SparsePlan, batch: int, heads: int, kv_heads: int, m: int, n: int) -> None:
     if plan.batch not in (1, batch) or plan.heads not in (1, kv_heads, heads) or (plan.m, plan.n) != (m, n):
         raise PlanError(
-            f"a plan of batch {plan.batch}, {plan.heads} heads, M={plan.m}, N={plan.n} does not fit q of batch {batch}, "
-            f"{heads} heads over {kv_heads}, M={m}, N={n}; allowed: batch 1 or {batch}, heads 1, {kv_heads} or {heads}"
+            f"a plan of batch {plan.batch}, {plan.heads} heads, M={plan.m}, N={plan.n} does not fit q of batch "
+            f"{batch}, {heads} heads over {kv_heads}, M={m}, N={n}; allowed: batch 1 or {batch}, heads 1, {kv_heads} "
+            f"or {heads}"
         )
     if min(_factor(plan.block_m), _factor(plan.block_n)) < 16:
         raise PlanError(f"plan blocks {plan.block_m} x {plan.block_n}, allowed: multiples of 16")

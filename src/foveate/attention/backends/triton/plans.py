@@ -1,0 +1,156 @@
+"""The Triton backend: a few queries over all or listed keys by `gather_decode`, block plans by `block_flash_fwd`."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention.call import Call
+from foveate.attention.plan import Blocks, Dense, Plan, Tokens, VerticalSlash, Window
+from foveate.attention.sparse_plan import SparsePlan
+
+MAX_QUERIES = 16
+MAX_WIDTH = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(call: Call) -> str | None:
+    q, k, v = call.q, call.k, call.v
+    if q.device.type == "cuda" and not _tensor_cores(q.device.index):
+        return "the kernels need compute capability 8.0 or later"
+    if q.dtype not in DTYPES:
+        return f"the kernels read float32, bfloat16 and float16, not {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
+        return f"the kernels hold heads of at most {MAX_WIDTH} features, not {max(q.shape[-1], v.shape[-1])}"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "the kernels have no gradients"
+    if k.stride(-1) != 1 or v.stride(-1) != 1 or call.m > call.n:
+        return "keys and values need a unit last stride, and queries must not outnumber them"
+    if isinstance(call.plan, Blocks | VerticalSlash):
+        return _why_not_blocks(call, call.plan)
+    return _why_not_decode(call)
+
+
+@functools.lru_cache(maxsize=16)
+def _tensor_cores(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index)[0] >= 8
+
+
+def _why_not_decode(call: Call) -> str | None:
+    plan = call.plan
+    if not isinstance(plan, Dense | Tokens | Window):
+        return f"there is no kernel for {type(plan).__name__} plans"
+    if call.m > MAX_QUERIES:
+        return (
+            "dense prompts are left to torch's own fused attention"
+            if isinstance(plan, Dense)
+            else f"{type(plan).__name__} plans of more than {MAX_QUERIES} queries have no kernel"
+        )
+    if call.log_weight is not None and call.log_weight.stride(-1) != 1:
+        return "log_weight needs a unit last stride"
+    if isinstance(plan, Tokens):
+        if plan.index.dim() == 4 and call.m > 1:
+            return "the kernel reads one token list for all queries, not one each"
+        if plan.index.shape[1] not in (1, call.k.shape[1]):
+            return "the kernel reads one token list per KV head, not per query head"
+    if isinstance(plan, Window) and plan.sinks and call.window is not None and call.window > plan.left:
+        return "a plan with sinks inside a wider window of the model has no kernel"
+    return None
+
+
+def _why_not_blocks(call: Call, plan: Plan) -> str | None:
+    if call.log_weight is not None or call.window is not None or not call.positions.aligned:
+        return "block kernels serve aligned positions (no padding) without a window and log weights"
+    if call.scale <= 0:
+        return f"block kernels need scale > 0, not {call.scale}"
+    if isinstance(plan, VerticalSlash):
+        if call.m != call.n or plan.vertical.shape[:2] != plan.slash.shape[:2]:
+            return "vertical-slash plans need M = N, and as many heads of columns as of diagonals"
+        sizes, block_sizes = (plan.slash.shape[0], plan.slash.shape[1]), (plan.block, plan.block)
+    else:
+        assert isinstance(plan, Blocks)
+        sizes, block_sizes = (plan.batch, plan.heads), (plan.block_m, plan.block_n)
+        if plan.rows != -(-call.m // plan.block_m):
+            return f"the plan's {plan.rows} rows of {plan.block_m} queries do not cover M = {call.m}"
+    if min(size & -size for size in block_sizes) < 16:
+        return f"block kernels need block sizes that 16 divides, not {block_sizes}"
+    B, Hq = call.q.shape[:2]
+    if sizes[0] not in (1, B) or sizes[1] not in (1, call.k.shape[1], Hq):
+        return f"a plan for batch {sizes[0]} and {sizes[1]} heads does not fit batch {B} and {Hq} heads"
+    return None
+
+
+def attend(call: Call) -> tuple[Tensor, Tensor | None]:
+    """o [B, Hq, M, Dv] in q's dtype; lse [B, Hq, M] float32 when asked for."""
+    q = call.q if call.q.stride(-1) == 1 else call.q.contiguous()
+    if isinstance(call.plan, Blocks | VerticalSlash):
+        from foveate.attention.backends.triton.block_flash import block_flash_fwd, by_head
+
+        lowered = by_head(_lower(call.plan, call.m, call.n))
+        return block_flash_fwd(
+            q,
+            call.k,
+            call.v,
+            lowered,
+            scale=call.scale,
+            causal=call.causal,
+            sink=call.sink,
+            softcap=call.softcap,
+            return_lse=call.need_lse,
+        )
+    return _decode(call, q)
+
+
+def _lower(plan: Plan, m: int, n: int) -> SparsePlan:
+    """`plan.lower`, but diagonals become blocks without a [S, R, R] intermediate per head."""
+    if not isinstance(plan, VerticalSlash):
+        return plan.lower(m, n)
+    count = -(-n // plan.block)
+    offsets = torch.where((plan.slash < 0) | (plan.slash >= count), count, plan.slash).long()
+    present = torch.zeros(*plan.slash.shape[:2], count + 1, dtype=torch.bool, device=plan.slash.device)
+    present.scatter_(-1, offsets, True)
+    # Row r reads block c when present[r - c]: row r is a stretch of the reversed offsets, moved by r.
+    reversed_offsets = F.pad(present[..., :count].flip(-1), (0, count - 1))
+    mask = reversed_offsets.unfold(-1, count, 1).flip(-2)
+    blocks = Blocks.from_mask(mask, block_m=plan.block, block_n=plan.block)
+    return blocks.lower(m, n).with_columns(plan.vertical)
+
+
+def _decode(call: Call, q: Tensor) -> tuple[Tensor, Tensor | None]:
+    from foveate.attention.backends.triton.gather_decode import gather_decode
+
+    plan = call.plan
+    B, Hkv = call.k.shape[:2]
+    index = length = None
+    window, sinks = call.window, 0
+    if isinstance(plan, Tokens):
+        index = plan.index if plan.index.dim() == 3 else plan.index[:, :, 0]
+        index = index if index.stride(-1) == 1 else index.contiguous()
+        length = None if plan.length is None else plan.length.expand(B, Hkv).contiguous()
+    elif isinstance(plan, Window) and (window is None or plan.left < window):
+        window, sinks = plan.left, plan.sinks
+    # A single query that stands last sees every key that is there: then only holes matter.
+    positions = call.positions
+    k_at, q_at = positions.k, positions.q
+    if call.m == 1 and window is None and not positions.holes:
+        k_at = q_at = None
+    return gather_decode(
+        q,
+        call.k,
+        call.v,
+        index=index,
+        length=length,
+        scale=call.scale,
+        causal=call.causal,
+        window=window,
+        sinks=sinks,
+        sink=call.sink,
+        softcap=call.softcap,
+        log_weight=call.log_weight,
+        k_positions=k_at if k_at is None or k_at.stride(-1) == 1 else k_at.contiguous(),
+        q_positions=None if q_at is None else q_at.expand(B, call.m).contiguous(),
+        return_lse=call.need_lse,
+    )

@@ -1,0 +1,273 @@
+"""KIVI: keys coded per channel, values per token, in 2 or 4 bits; the last tokens stay as they are.  (arXiv 2402.02750)
+
+Keys have a few channels that are large in every token, so each channel gets a scale of its own over `group` consecutive
+tokens; values have none, and each token gets scales over `group` channels. What is recent matters most and stays in
+full precision. Prompts attend exactly, then all but the residual is coded and the full-precision copy is dropped.
+
+    code      round(clamp((x - least) / scale, 0, 2^bits - 1)), least = min, scale = (max - least) / (2^bits - 1)
+    decoded   code * scale + least            round half to even; scale and least in the model's dtype
+    keys      at any time the first N - N mod R tokens are coded: after the step that fills a residual of R, all of it
+    values    the first max(0, N - R) tokens are coded, one after every step
+    step      softmax of [q . decoded keys, q . residual keys] times [decoded values, residual values]; R = `residual`
+
+32 / bits codes lie in an int32, the lowest bits first: of consecutive tokens for keys (along N), of consecutive
+channels for values. The cache itself holds the last R tokens; where their keys are coded already, it holds the decoded
+ones. The coded part is decoded in pieces of `piece` tokens, attended to, and merged with the rest by log-sum-exps.
+
+Bytes per key and value number: bits / 8 and 2 scale numbers per group; at 2 bits, groups of 32 and float16 5.3 times
+less than float16, plus the residual. A step costs O(N D) and decodes everything once.
+Differs from the authors' code: a group of equal numbers has scale 0 and decodes exactly (theirs: NaN); GQA reads each
+KV head once; later pieces of text attend to what is coded by then, exactly to themselves; int32 words for 4 bits too.
+Alone: what is coded cannot be evicted or selected from. OptionError where residual, group and bits do not fit,
+ShapeError where a head's width is no multiple of group or of 32 / bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention import Positions, apply_sink, attend, merge
+from foveate.errors import ShapeError
+from foveate.methods.base import Method
+from foveate.methods.budgets import slots_of
+from foveate.methods.cache import Change, Keep
+from foveate.methods.step import Phase, Reading, Step
+from foveate.methods.storage import slack
+from foveate.options import option
+from foveate.registry import register
+
+
+@dataclass
+class Coded:
+    """Packed numbers: code int32; scale and least in the dtype of what was coded."""
+
+    code: Tensor
+    scale: Tensor
+    least: Tensor
+
+
+@dataclass
+class Codes:
+    """The coded part of one layer; token j of a row lies at index j.
+
+    keys: code [B, Hkv, n bits / 32, D], scale and least [B, Hkv, n / group, D].
+    values: code [B, Hkv, n, D bits / 32], scale and least [B, Hkv, n, D / group].
+    key_count, value_count: int64 [B] on the host, tokens coded per row; beyond, the buffers hold nothing.
+    """
+
+    keys: Coded
+    values: Coded
+    key_count: Tensor
+    value_count: Tensor
+
+
+@register(
+    "kivi",
+    kind="quantize",
+    paper="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+    arxiv="2402.02750",
+    year=2024,
+    applies_to="pretrained",
+    exact={"group": 16, "residual": 16 * 10**5},
+    small={"bits": 2, "group": 16, "residual": 16},
+)
+@dataclass(frozen=True, kw_only=True)
+class Kivi(Method):
+    """Codes old keys per channel and old values per token in 2 or 4 bits; the last tokens stay in full precision."""
+
+    acts_in: ClassVar[frozenset[Phase]] = frozenset({"extend", "decode"})
+    evicts: ClassVar[bool] = True
+    alone: ClassVar[bool] = True
+
+    bits: int = option(2, "bits per key number", one_of=(1, 2, 4, 8))
+    value_bits: int | None = option(None, "bits per value number; none: like keys", one_of=(None, 1, 2, 4, 8))
+    group: int = option(32, "numbers that share a scale", at_least=1)
+    residual: int = option(128, "last tokens in full precision, a multiple of group", at_least=1)
+    piece: int = option(4096, "coded tokens decoded at once", at_least=1)
+
+    def check(self) -> None:
+        if self.residual % self.group:
+            raise self.refuse("residual", f"a multiple of group={self.group}")
+        if self.residual % (32 // self.bits):
+            raise self.refuse("residual", f"a multiple of 32 / bits = {32 // self.bits}, the keys of one word")
+
+    @property
+    def own_value_bits(self) -> int:
+        return self.bits if self.value_bits is None else self.value_bits
+
+    # --- reading
+
+    def attend(self, step: Step) -> Tensor:
+        codes = step.state
+        if step.phase == "prefill" or codes is None or not int(codes.value_count.max()):
+            return step.attend()
+        # Read in whole: fewer bytes, not fewer keys.
+        if step.run.record:
+            visible = step.m * (step.cache.seen - step.m) + step.m * (step.m + 1) / 2
+            step.run.readings.append(Reading(step.layer, step.phase, visible, visible))
+        parts = [self._read(step, step.k, step.v, step.positions)]
+        at = step.query_positions()
+        count = codes.value_count
+        for start in range(0, int(count.max()), self.stride):
+            stop = min(start + self.stride, int(count.max()))
+            keys, values = self.decoded(codes, start, stop)
+            order = torch.arange(start, stop, device=at.device).expand(at.shape[0], 1, -1)
+            held = torch.where(order < count.to(at.device)[:, None, None], order, -1)
+            parts.append(self._read(step, keys, values, Positions(at, held, True)))
+        o, lse = merge([o for o, _ in parts], [lse for _, lse in parts])
+        return o if step.sink is None else apply_sink(o, lse, step.sink)[0]
+
+    @property
+    def stride(self) -> int:
+        """Tokens decoded at once: whole residuals, so that groups and words of keys are whole too."""
+        return max(1, self.piece // self.residual) * self.residual
+
+    def decoded(self, codes: Codes, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, stop - start, D] of coded tokens; start must be a multiple of `residual`."""
+        end = start + -(-(stop - start) // self.residual) * self.residual
+        per_word = 32 // self.bits
+        keys = Coded(
+            codes.keys.code[:, :, start // per_word : end // per_word],
+            codes.keys.scale[:, :, start // self.group : end // self.group],
+            codes.keys.least[:, :, start // self.group : end // self.group],
+        )
+        parts = codes.values.code, codes.values.scale, codes.values.least
+        values = Coded(*(each[:, :, start:stop] for each in parts))
+        made = decode(keys, self.bits, self.group, dim=2)[:, :, : stop - start]
+        return made, decode(values, self.own_value_bits, self.group, dim=3)
+
+    @staticmethod
+    def _read(step: Step, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        o, lse = attend(
+            step.q,
+            k,
+            v,
+            scale=step.scale,
+            positions=positions,
+            window=step.window,
+            softcap=step.softcap,
+            return_lse=True,
+        )
+        return o, lse
+
+    # --- coding
+
+    def keep(self, step: Step) -> Change | None:
+        self._check_width(step.k, step.v)
+        if step.cache.holes:
+            real = step.positions.keys(step.cache.stored, step.q.device)[:, 0] >= 0
+            for row in range(step.q.shape[0]):
+                self._code_rows(step, slice(row, row + 1), real[row].nonzero()[:, 0])
+        else:
+            self._code_rows(step, slice(None), torch.arange(step.cache.stored, device=step.q.device))
+        return self._last(step)
+
+    def _check_width(self, k: Tensor, v: Tensor) -> None:
+        per_word = 32 // self.own_value_bits
+        if v.shape[-1] % self.group or v.shape[-1] % per_word:
+            raise ShapeError(
+                f"values of width {v.shape[-1]} cannot be coded in groups of {self.group} and words of {per_word}; "
+                "choose a group that divides the width"
+            )
+
+    def _code_rows(self, step: Step, rows: slice, slots: Tensor) -> None:
+        """Code what has left the residual of rows whose tokens lie in these slots, oldest first."""
+        if step.state is None:
+            step.state = self._empty(step)
+        codes, R, held = step.state, self.residual, slots.numel()
+        # Held tokens begin where values stop being coded.
+        begin = int(codes.value_count[rows][0])
+        n = begin + held
+        for store, counts, upto in (
+            (codes.keys, codes.key_count, n - n % R),
+            (codes.values, codes.value_count, max(0, n - R)),
+        ):
+            first = int(counts[rows][0])
+            if upto <= first:
+                continue
+            span = slots[first - begin : upto - begin]
+            if store is codes.keys:
+                made = encode(step.k[rows].index_select(2, span), self.bits, self.group, dim=2)
+                _put(store, made, rows, first // (32 // self.bits), first // self.group)
+                # The cache has the keys of its last tokens as a step reads them: decoded.
+                step.k[rows, :, span] = decode(made, self.bits, self.group, dim=2)
+            else:
+                made = encode(step.v[rows].index_select(2, span), self.own_value_bits, self.group, dim=3)
+                _put(store, made, rows, first, first)
+            counts[rows] = upto
+
+    def _last(self, step: Step) -> Change | None:
+        """Hold the last `residual` tokens of every row."""
+        stored, R = step.cache.stored, self.residual
+        if stored <= R:
+            return None
+        if not step.cache.holes:
+            return Keep(torch.arange(stored - R, stored, device=step.q.device).expand(*step.cache.shape, -1))
+        real = step.positions.keys(stored, step.q.device)[:, :1] >= 0
+        later = real.flip(-1).cumsum(-1).flip(-1)
+        return Keep(slots_of(real & (later <= R)).expand(*step.cache.shape, -1))
+
+    def _empty(self, step: Step) -> Codes:
+        B, H = step.cache.shape
+        k, v, none = step.k, step.v, torch.zeros(B, dtype=torch.int64)
+        keys = Coded(
+            k.new_zeros(B, H, 0, k.shape[-1], dtype=torch.int32), *(k.new_zeros(B, H, 0, k.shape[-1]) for _ in range(2))
+        )
+        values = Coded(
+            v.new_zeros(B, H, 0, v.shape[-1] * self.own_value_bits // 32, dtype=torch.int32),
+            *(v.new_zeros(B, H, 0, v.shape[-1] // self.group) for _ in range(2)),
+        )
+        return Codes(keys, values, none, none.clone())
+
+
+def encode(x: Tensor, bits: int, group: int, dim: int) -> Coded:
+    """Code x [B, H, N, D] in groups of `group` numbers along dim (2: tokens, 3: channels), packed along it."""
+    levels = 2**bits - 1
+    grouped = x.unflatten(dim, (-1, group))
+    least, most = grouped.amin(dim + 1), grouped.amax(dim + 1)
+    scale = (most - least) / levels
+    step = torch.where(scale == 0, 1, scale).unsqueeze(dim + 1)
+    code = ((grouped - least.unsqueeze(dim + 1)) / step).clamp(0, levels).round().to(torch.int32)
+    return Coded(pack(code.flatten(dim, dim + 1), bits, dim), scale, least)
+
+
+def decode(coded: Coded, bits: int, group: int, dim: int) -> Tensor:
+    """The numbers back, [B, H, N, D] in the dtype of the scales."""
+    code = unpack(coded.code, bits, dim).unflatten(dim, (-1, group)).to(coded.scale.dtype)
+    made = code * coded.scale.unsqueeze(dim + 1) + coded.least.unsqueeze(dim + 1)
+    return made.flatten(dim, dim + 1)
+
+
+def pack(code: Tensor, bits: int, dim: int) -> Tensor:
+    """32 / bits codes of consecutive entries along dim in one int32, the first in the lowest bits."""
+    shifts = torch.arange(0, 32, bits, device=code.device, dtype=torch.int32)
+    words = code.unflatten(dim, (-1, shifts.numel()))
+    shape = [1] * words.dim()
+    shape[dim + 1] = -1
+    # Codes do not overlap, so their sum is their union; int32 wraps where the highest bit is set.
+    return torch.bitwise_left_shift(words, shifts.view(shape)).sum(dim + 1, dtype=torch.int32)
+
+
+def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
+    """The inverse of `pack`: int32 codes."""
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+    shape = [1] * (words.dim() + 1)
+    shape[dim + 1] = -1
+    code = torch.bitwise_right_shift(words.unsqueeze(dim + 1), shifts.view(shape)) & (2**bits - 1)
+    return code.flatten(dim, dim + 1)
+
+
+def _put(store: Coded, made: Coded, rows: slice, word: int, scale: int) -> None:
+    """Write new codes at index `word` and their scales at index `scale` of the rows, growing the buffers."""
+    for name, at in (("code", word), ("scale", scale), ("least", scale)):
+        new, buffer = getattr(made, name), getattr(store, name)
+        end = at + new.shape[2]
+        if end > buffer.shape[2]:
+            buffer = F.pad(buffer, (0, 0, 0, end + slack(end, least=2) - buffer.shape[2]))
+            setattr(store, name, buffer)
+        buffer[rows, :, at:end] = new

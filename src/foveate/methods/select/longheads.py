@@ -1,0 +1,274 @@
+"""LongHeads: every head reads its own few chunks, at distances that fit the trained length.  (arXiv 2402.10685)
+
+A model fails beyond its trained length because distances leave the range it knows. Here a query reads A = L / w chunks
+of w tokens: the first, the one before its own, its own, and the ones that suit it best; and it reads them as if they
+stood side by side, so no distance exceeds L = `length`. Heads choose for themselves, and together cover the context.
+
+    chunk key   of a full chunk, q, k rotated to places 0..w-1 inside it, without a causal mask:
+                u = mean over the w rows of softmax(q k^T / sqrt(D)) v     (and over the G heads of a KV head)
+                c = softmax(u k^T / sqrt(D)) k
+    chosen      at position t, n = t + 1 >= `start` tokens, G = n // w full chunks: chunk 0, the A - 3 of 1..G-2 with
+                the highest score, chunk G - 1, and the last n mod w tokens; score: a group's sum of q . c, q unrotated
+    distances   the chosen chunks in order, then the query's own: key j of the r-th has index r w + (j mod w), the query
+                that of its own slot, at most L - 1
+
+Before `start`, attention is dense. The chosen chunks are A - 1, or A - 2 beside the query's own when it ends a chunk;
+all, at true distances, while there are no more. Prompts and decode steps follow one rule, so a prompt equals its
+tokens one by one. `official_prompt` is the authors' code for prompts: b = t // w, chunks 0, b - 1 and the A - 3 best
+between them beside the query's own; the query stands one after the last key and does not read its own; it starts one
+token later. It chooses per query head where `per_query_head` (the authors have no GQA).
+
+Keys stay as the cache has them: instead of turning a chunk's keys to their index, the query is turned by the distance
+that they would move, once per chosen chunk, and the parts are merged by their log-sum-exps. State: chunk keys, N / w D
+per KV head, and w queries. Cost: O(N / w D + L D) per query and head. Layers with a sliding window are left dense.
+
+Alone: it moves positions. UnsupportedModelError without a known rotary embedding, or where keys and values differ in
+width. OptionError for a length that is no multiple of the chunk or below 3 of them, or a start before A - 1 are full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.attention import Positions, Tokens, apply_sink, attend, merge
+from foveate.attention.statistics import by_group
+from foveate.errors import UnsupportedModelError
+from foveate.methods.base import Method
+from foveate.methods.budgets import slots_of, top_mask
+from foveate.methods.step import Phase, Reading, RopeLike, Step
+from foveate.options import option
+from foveate.registry import register
+
+# Keys gathered at once for the queries of a prompt.
+PIECE_KEYS = 1 << 18
+
+
+@dataclass
+class Chunks:
+    """keys: [B, H, chunks, D], representations of full chunks; queries: [B, Hq, w, D], rotated, of the unfinished one
+    (row t mod w holds position t)."""
+
+    keys: Tensor
+    queries: Tensor
+
+
+@dataclass
+class Part:
+    """Tokens of one row of a batch, or of all: queries q [b, Hq, M, D] of the last M of N keys k, v [b, Hkv, N, D];
+    slot j holds position j."""
+
+    rows: slice
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def first(self) -> int:
+        """Position of the first query."""
+        return self.k.shape[2] - self.q.shape[2]
+
+
+@register(
+    "longheads",
+    kind="select",
+    paper="LongHeads: Multi-Head Attention is Secretly a Long Context Processor",
+    arxiv="2402.10685",
+    year=2024,
+    applies_to="pretrained, rotary",
+    exact={"start": 10**6},
+    small={"chunk": 4, "length": 16, "start": 16},
+)
+@dataclass(frozen=True, kw_only=True)
+class LongHeads(Method):
+    """Each head reads the first, the last and its best chunks, with distances of the trained length."""
+
+    acts_in: ClassVar[frozenset[Phase]] = frozenset({"prefill", "extend", "decode"})
+    needs: ClassVar[frozenset[str]] = frozenset({"rope"})
+    alone: ClassVar[bool] = True
+
+    chunk: int = option(256, "tokens per chunk", at_least=1)
+    length: int = option(4096, "tokens that a query reads, at most the trained length", at_least=3)
+    start: int = option(4096, "tokens up to which attention is dense", at_least=1)
+    per_query_head: bool = option(False, "each query head represents and chooses its own chunks")
+    official_prompt: bool = option(False, "prompts as in the authors' code: a query does not read its own key")
+
+    def check(self) -> None:
+        if self.length % self.chunk or self.length < 3 * self.chunk:
+            raise self.refuse("length", f"a multiple of chunk={self.chunk}, at least 3 of them")
+        if self.start <= self.length - self.chunk:
+            raise self.refuse(
+                "start", f"> length - chunk = {self.length - self.chunk}: before, there are too few chunks"
+            )
+
+    def attend(self, step: Step) -> Tensor:
+        if step.window is not None:
+            return step.attend()
+        if step.rope is None:
+            raise UnsupportedModelError("LongHeads moves keys, and this model's rotary embedding is not known")
+        if step.k.shape[-1] != step.v.shape[-1]:
+            raise UnsupportedModelError(
+                f"LongHeads asks keys with values, and their widths differ: {step.k.shape[-1]} and {step.v.shape[-1]}"
+            )
+        if step.state is None:
+            heads = step.q.shape[1] if self.per_query_head else step.kv_heads
+            B, Hq, _, D = step.q.shape
+            step.state = Chunks(step.k.new_zeros(B, heads, 0, D), step.q.new_zeros(B, Hq, self.chunk, D))
+        out = torch.zeros_like(step.q)
+        for part, place in _parts(step):
+            self._represent(step, step.rope, part)
+            made = self._attend_part(step, step.rope, part)
+            out[part.rows, :, place] = made
+        return out
+
+    # --- chunk keys
+
+    def _represent(self, step: Step, rope: RopeLike, part: Part) -> None:
+        """Make the keys of the chunks that this step completes; remember the queries of the one it leaves open."""
+        state, w, rows = step.state, self.chunk, part.rows
+        begin = part.first // w
+        waiting = state.queries[rows, :, : part.first - begin * w]
+        q = torch.cat((waiting, part.q), 2)
+        full = q.shape[2] // w
+        rest = q[:, :, full * w :]
+        state.queries[rows, :, : rest.shape[2]] = rest
+        if not full:
+            return
+        span = slice(begin * w, (begin + full) * w)
+        made = self.chunk_keys(q[:, :, : full * w], part.k[:, :, span], part.v[:, :, span], rope, step.scale, begin)
+        missing = begin + full - state.keys.shape[2]
+        if missing > 0:
+            state.keys = F.pad(state.keys, (0, 0, 0, missing))
+        state.keys[rows, :, begin : begin + full] = made
+
+    def chunk_keys(self, q: Tensor, k: Tensor, v: Tensor, rope: RopeLike, scale: float, begin: int = 0) -> Tensor:
+        """Representations [b, H, chunks, D] of full chunks, from the begin-th on: q [b, Hq, chunks * w, D], k and v
+        like it, rotated at true positions."""
+        b, H, N, _ = k.shape
+        w, chunks = self.chunk, N // self.chunk
+        at = torch.arange(begin * w, begin * w + N, device=k.device)[None]
+
+        def inside(x: Tensor) -> Tensor:
+            turned = rope.rotate(rope.unrotate(x, at), at % w)
+            return turned.unflatten(2, (chunks, w)).transpose(1, 2).flatten(0, 1)
+
+        own, values = inside(k), v.unflatten(2, (chunks, w)).transpose(1, 2).flatten(0, 1)
+        asked = attend(inside(q), own, values, scale=scale, causal=False).mean(2, keepdim=True)
+        if not self.per_query_head:
+            asked = by_group(asked, H)
+        made: Tensor = attend(asked, own, own, scale=scale, causal=False)
+        return made[:, :, 0].unflatten(0, (b, chunks)).transpose(1, 2)
+
+    # --- reading
+
+    def _attend_part(self, step: Step, rope: RopeLike, part: Part) -> Tensor:
+        """Dense up to `start`, then in pieces within which all queries have the same own chunk."""
+        first, N, w = part.first, part.k.shape[2], self.chunk
+        official = self.official_prompt and step.phase != "decode"
+        dense = min(N, self.start if official else self.start - 1) - first
+        outputs, read = [], 0.0
+        if dense > 0:
+            outputs.append(self._dense(step, part, dense))
+            read += dense * first + dense * (dense + 1) / 2
+        size = max(1, PIECE_KEYS // (part.q.shape[0] * part.q.shape[1] * self.length))
+        t = first + max(0, dense)
+        while t < N:
+            stop = min(N, t + size, (t // w + 1) * w)
+            made, chosen = self._attend_piece(step, rope, part, t, stop, official)
+            outputs.append(made)
+            read += chosen
+            t = stop
+        if step.run.record:
+            M, share = N - first, part.q.shape[0] / step.q.shape[0]
+            visible = M * first + M * (M + 1) / 2
+            step.run.readings.append(Reading(step.layer, step.phase, read * share, visible * share))
+        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def _dense(step: Step, part: Part, count: int) -> Tensor:
+        n = part.first + count
+        o: Tensor = attend(
+            part.q[:, :, :count],
+            part.k[:, :, :n],
+            part.v[:, :, :n],
+            scale=step.scale,
+            sink=step.sink,
+            softcap=step.softcap,
+        )
+        return o
+
+    def _attend_piece(
+        self, step: Step, rope: RopeLike, part: Part, t: int, stop: int, official: bool
+    ) -> tuple[Tensor, float]:
+        """Positions [t, stop), all of one chunk b: their output, and how many keys they read in all, per head."""
+        w, b, m = self.chunk, t // self.chunk, stop - t
+        at = torch.arange(t, stop, device=part.q.device)
+        q = part.q[:, :, t - part.first : stop - part.first]
+        B, Hq, _, D = q.shape
+        chosen = self.choose(step, rope.unrotate(q, at[None]), part.rows, at, official)
+        H, c = chosen.shape[1], chosen.shape[-1]
+        present = chosen >= 0
+        closer = b - present.sum(-1, keepdim=True) - (chosen - torch.arange(c, device=at.device))
+        places = (at[:, None] - closer * w).clamp_min(0).flatten(2).repeat_interleave(Hq // H, 1)
+        asked = rope.unrotate(q, at[None])[:, :, :, None].expand(-1, -1, -1, c, -1).flatten(2, 3)
+        keys = chosen[..., None] * w + torch.arange(w, device=at.device)
+        index = torch.where(present[..., None], keys, -1).flatten(2, 3)
+        far, far_lse = self._read(step, rope.rotate(asked, places), part, slice(None), Positions(holes=True), index)
+        # Own chunk: at true distances; in the authors' prompts a query stops before its own key.
+        own = Positions((at - b * w - (1 if official else 0))[None].expand(B, -1), holes=official)
+        near, near_lse = self._read(step, q, part, slice(b * w, stop), own)
+        parts = far.view(B, Hq, m, c, D).unbind(3), far_lse.view(B, Hq, m, c).unbind(3)
+        o, lse = merge([near, *parts[0]], [near_lse, *parts[1]])
+        read = float(present.sum()) * w / (B * H) + float((at - b * w + (0 if official else 1)).sum())
+        return (o if step.sink is None else apply_sink(o, lse, step.sink)[0]), read
+
+    def choose(self, step: Step, q: Tensor, rows: slice, at: Tensor, official: bool = False) -> Tensor:
+        """Chunks beside their own that queries q [b, Hq, m, D], unrotated, at positions at [m] of one chunk read: int64
+        [b, H, m, n] ascending, -1 absent."""
+        keys = step.state.keys[rows]
+        H, G = keys.shape[1], keys.shape[2]
+        own = int(at[0]) // self.chunk
+        order = torch.arange(min(G, own), device=q.device)
+        scores = (q.unflatten(1, (H, -1)).sum(2) @ keys[:, :, : order.numel()].transpose(-1, -2)).float()
+        # A query that ends its chunk has one chunk less beside it, and its previous one is not forced.
+        ends = (at + 1) % self.chunk == 0 if not official else torch.zeros_like(at, dtype=torch.bool)
+        middle = (order > 0) & ((order < own - 1) | ends[:, None])
+        most = self.length // self.chunk - 3
+        best = top_mask(scores.masked_fill(~middle, -torch.inf), most)
+        return slots_of((best | ((order == 0) | ~middle)).flatten(1, 2)).unflatten(1, (H, at.numel()))
+
+    @staticmethod
+    def _read(
+        step: Step, q: Tensor, part: Part, slots: slice, positions: Positions, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = attend(
+            q,
+            part.k[:, :, slots],
+            part.v[:, :, slots],
+            None if index is None else Tokens(index),
+            scale=step.scale,
+            positions=positions,
+            causal=index is None,
+            softcap=step.softcap,
+            return_lse=True,
+        )
+        return o, lse
+
+
+def _parts(step: Step) -> Iterator[tuple[Part, Tensor | slice]]:
+    """The batch as it is, or, where padding makes its rows differ, row by row; and the step's queries that it has."""
+    if not step.cache.holes:
+        yield Part(slice(None), step.q, step.k, step.v), slice(None)
+        return
+    for row in range(step.q.shape[0]):
+        here = slice(row, row + 1)
+        real = step.query_positions()[row] >= 0
+        slots = (step.cache.positions_or_fail()[row, 0] >= 0).nonzero()[:, 0]
+        if bool(real.any()):
+            k, v = step.k[here].index_select(2, slots), step.v[here].index_select(2, slots)
+            yield Part(here, step.q[here][:, :, real], k, v), real.nonzero()[:, 0]
