@@ -1,8 +1,9 @@
 """Recycled attention's claim in small: at equal budget, keys recycled from a full step now and then keep a needle that
 sinks and a window lose, also when the question comes long after the prompt.
 
-The prompt holds a needle; 64 tokens of other text are fed one by one, then the question and the answer. Beside it, the
-attention that the keys chosen at the prompt's end still hold, by the number of steps since, against a window's.
+Twice: the prompt ends with the question (as in RULER); and the question comes, token by token, after 64 tokens of
+other text. Beside it, the attention that the keys chosen at the prompt's end still hold, by the number of steps since,
+against a window's.
 
     python benchmarks/claims/recycled.py [--length 2048] [--seeds 4]
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from keeping import arguments, load, losses, mean, record
+from keeping import arguments, load, losses, mean, record, retrieval
 from selecting import distributions, divergence
 from torch import Tensor
 
@@ -98,7 +99,8 @@ def main() -> None:
         model,
         given,
         started,
-        rows=needle_after(model, tokenizer, methods, given),
+        question_in_prompt=retrieval(model, tokenizer, methods, Niah(depth=0.2), given, question_seen=True),
+        question_later=needle_after(model, tokenizer, methods, given),
         mass=mass_by_age(model, tokenizer, budget, given),
         divergence=divergence(model, tokenizer, methods[1:], given),
     )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from foveate.attention import attend, explain
     from foveate.compare import compare
     from foveate.errors import FoveateError
-    from foveate.hf import Run, apply
+    from foveate.hf.apply import Run, apply
     from foveate.hf.calibrate import calibrate
     from foveate.hf.models import default_model, load_model
     from foveate.hf.probe import probe

@@ -108,7 +108,7 @@ def compare(
     chosen = _words(methods) or list(DEMO_METHODS)
     wanted = _words(tasks) or ([] if data else list(DEMO_TASKS))
     if data is not None:
-        wanted.append(f"jsonl:path={data}")
+        wanted.append(f"data-file:path={data}")
     sizes = _numbers(lengths)
     loaded, tokenizer = load_model(model, dtype=dtype)
     comparison = run_comparison(

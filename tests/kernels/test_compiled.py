@@ -69,3 +69,24 @@ def test_topk_launches_few_kernels_that_fit(case, launches):
         assert each["stack"] <= 8
         # The two blocks per multiprocessor that the launcher asks for fit.
         assert each["registers"] * each["num_warps"] * 32 * 2 <= 65536
+
+
+@pytest.mark.parametrize("case", ["blocks of 128", "blocks of 64 and columns", "blocks D64"])
+def test_block_kernels_use_wgmma_and_spill_nothing(case):
+    (kernel,) = compiled(case)
+    assert kernel["spills"] == 0
+    assert kernel["wgmma"] > 0
+    assert kernel["cp_async"] > 0
+    assert kernel["shared"] <= 227 * 1024
+
+
+def test_block_kernel_keeps_three_tiles_of_keys_and_values_in_flight():
+    (kernel,) = compiled("blocks of 128")
+    # Queries of 128 x 128 bfloat16 and three tiles of 64 keys and values.
+    assert kernel["shared"] >= 128 * 128 * 2 + 3 * 2 * 64 * 128 * 2
+
+
+def test_descriptors_replace_the_copies_of_full_blocks():
+    (plain,), (tma,) = compiled("blocks of 128"), compiled("blocks by descriptors")
+    assert tma["cp_async"] < plain["cp_async"]
+    assert tma["spills"] == 0

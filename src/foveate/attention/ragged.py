@@ -65,7 +65,8 @@ def attend_ragged(
         part = slice(begin, begin + count)
         mask = None
         if needs_positions:
-            assert k_positions is not None and q_positions is not None
+            assert k_positions is not None
+            assert q_positions is not None
             at, q_at = k_positions[part][None], q_positions[b][:, None]
             mask = (at <= q_at) & (q_at >= 0)
             mask = mask if window is None else mask & (q_at - at <= window)

@@ -115,10 +115,9 @@ def _ratios(rows: list[Timing]) -> None:
 
 
 def _stock(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, int]:
-    cache = new_dynamic_cache(text_config(model))
+    cache: Any = new_dynamic_cache(text_config(model))
     first, decode = _time(model, ids, cache, tokens)
-    size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-    return first, decode, size
+    return first, decode, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def _method(model: Any, method: str, ids: torch.Tensor, tokens: int) -> tuple[float, float, int]:

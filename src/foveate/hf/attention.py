@@ -90,8 +90,8 @@ def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         slot.seen = int(layer.get_seq_length())
     else:
         raise UnsupportedCacheError(
-            f"a {type(layer).__name__} cannot be served (static, quantised and offloaded caches have their own storage); "
-            "use the default dynamic cache: do not set cache_implementation"
+            f"a {type(layer).__name__} cannot be served (static, quantised and offloaded caches have their own "
+            "storage); use the default dynamic cache: do not set cache_implementation"
         )
 
 

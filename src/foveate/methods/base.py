@@ -93,7 +93,7 @@ class Composed(Method):
                     "select from; combine with a method that keeps the same number for every head (e.g. snapkv)"
                 )
             for other in self.parts[:index]:
-                if part.ragged and other.evicts or other.ragged and part.evicts:
+                if (part.ragged and other.evicts) or (other.ragged and part.evicts):
                     raise CompositionError(
                         f"{type(other).__name__} and {type(part).__name__} both evict, and one leaves ragged heads; "
                         "use one of them"

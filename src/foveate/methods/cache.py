@@ -204,7 +204,8 @@ class LayerCache:
         self._rows["positions"] = Rows.of(held[None, None].expand(self.shape[0], 1, -1))
 
     def _append_packed(self, keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
-        assert self.packed is not None and positions is not None
+        assert self.packed is not None
+        assert positions is not None
         B, H = self.shape
         rows = {"keys": keys.reshape(B * H, -1, keys.shape[-1]), "values": values.reshape(B * H, -1, values.shape[-1])}
         rows["positions"] = positions[:, None].expand(-1, H, -1).reshape(B * H, -1).to(torch.int32)

@@ -7,8 +7,8 @@ model, and with the key followed by the same words before and after:
     ...
     amber-castle:        and the model goes on
 
-There is no question in words: SmolLM2-135M-Instruct (CPU, float32) finds 9 of 12 values among 86 pairs so, and 1 of
-12 among 43 when "What is the number of KEY?" comes before the key.
+There is no question in words: so SmolLM2-135M-Instruct (CPU, float32) found 33 of 56 values among 40 to 90 pairs, from
+0 of 8 to 10 of 12 per context, but 1 of 12 when "What is the number of KEY?" came before the key.
 
 `pairs=None` fills the whole length with pairs, `pairs=n` spreads n of them over prose. Each of the `queries` looks
 up another key, on a copy of the context's cache; the score is the mean.

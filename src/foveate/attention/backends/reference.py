@@ -18,7 +18,7 @@ def why_not(call: Call) -> str | None:
 def attend(call: Call) -> tuple[Tensor, Tensor]:
     """o [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] (float32, float64 for float64 input)."""
     exact = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    B, Hq, M, _ = call.q.shape
+    _B, Hq, M, _ = call.q.shape
     k, v = (each.repeat_interleave(call.group, dim=1).to(exact) for each in (call.k, call.v))
     scores = call.q.to(exact) @ k.transpose(-1, -2) * call.scale
     if call.softcap is not None:

@@ -149,7 +149,7 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     4 to 12 times faster on CPU than torch.gather (2 cores Zen 4, design/kernels.md 3b). Needs no copy of x when
     its rows can be viewed flat; otherwise falls to advanced indexing, which copies only what it reads.
     """
-    B, H, N, D = x.shape
+    B, H, _N, D = x.shape
     base, rows = flat_rows(x)
     if base is None:
         batch = torch.arange(B, device=x.device)[:, None, None]

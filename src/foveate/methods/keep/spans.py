@@ -23,8 +23,8 @@ def influence(q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor, *, scale: float |
     q: [B, Hq, N, D], k, v: [B, Hkv, N, D], rotated; grad_o: [B, Hq, N, Dv], gradient of the loss with respect to the
     attention output. First order: exact for a loss that is linear in A. eps is float32's.
     """
-    B, Hq, N, D = q.shape
-    G = Hq // k.shape[1]
+    N, D = q.shape[2:]
+    G = q.shape[1] // k.shape[1]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v, grad_o = (
         q.to(exact),
@@ -89,7 +89,7 @@ def default_grid(*, profiled: int, least: int) -> tuple[Tensor, Tensor]:
 
 
 def masked_loss(blocks: Tensor, layouts: Tensor) -> Tensor:
-    """Influence of the causal blocks that each rule leaves out: blocks [..., n, n], layouts bool [R, n, n] -> [..., R]."""
+    """Influence of the causal blocks that each rule leaves out: blocks [..., n, n], layouts [R, n, n] -> [..., R]."""
     causal = torch.ones(layouts.shape[-2:], dtype=torch.bool, device=layouts.device).tril()
     left_out = (causal & ~layouts).to(blocks.dtype)
     return torch.einsum("...ij,rij->...r", blocks, left_out.to(blocks.device))

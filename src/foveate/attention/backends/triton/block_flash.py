@@ -350,6 +350,6 @@ def block_flash_fwd(
         D=D, DV=DV, BLOCK_D=runtime.power_of_two(D, 16), BLOCK_DV=runtime.power_of_two(DV, 16),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=min(64, config.block_n), CAUSAL=causal, SOFTCAP=bool(softcap),
         PRECISION=runtime.dot_precision(q.dtype), UPCAST=runtime.upcast(q.dtype), PERSISTENT=config.persistent,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
     )  # fmt: skip
     return out, lse

@@ -63,8 +63,12 @@ TOPK_SINGLE = 8192
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Of `block_flash_fwd`. tma: keys of full blocks come by the tensor memory accelerator. persistent: a grid of
-    `per_sm` thread blocks per multiprocessor takes all the work."""
+    """Of `block_flash_fwd`.
+
+    tma: keys of full blocks come by the tensor memory accelerator. persistent: a grid of `per_sm` thread blocks per
+    multiprocessor takes all the work. registers: most per thread; at 128, two blocks of 8 warps share a multiprocessor,
+    and one multiplies while the other exponentiates.
+    """
 
     block_m: int
     block_n: int
@@ -73,6 +77,7 @@ class BlockConfig:
     tma: bool = False
     persistent: bool = False
     per_sm: int = 1
+    registers: int | None = None
 
 
 # (most query rows of a tile, D) -> configuration. Not measured yet: design/kernels.md, 4c.
