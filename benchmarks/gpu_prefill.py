@@ -22,14 +22,15 @@ HQ, HKV, D, BLOCK, DTYPE = 32, 8, 128, 128, torch.bfloat16
 SAMPLES = ((0, 0), (3, 1), (11, -2), (17, 0.5), (31, -1), (30, 0.3))
 
 POINTERS = [
-    # block_m, block_n, num_warps, num_stages, tma, persistent
-    (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 4, 3), (128, 64, 4, 2),
-    (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 8, 4), (128, 64, 8, 3, False, True), (128, 128, 8, 2, False, True),
+    # block_m, block_n, num_warps, num_stages, tma, persistent, per_sm, registers
+    (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 4, 3),
+    (128, 32, 8, 3, False, False, 1, 128), (128, 32, 8, 4, False, False, 1, 128), (64, 64, 4, 3), (64, 64, 4, 2),
+    (128, 64, 8, 3, False, True), (128, 128, 8, 2, False, True), (128, 32, 8, 3, False, True, 2, 128),
 ]  # fmt: skip
 # Last: a wrong descriptor can end the process's use of the device.
 DESCRIPTORS = [
-    (128, 64, 8, 3, True), (128, 64, 8, 4, True), (128, 128, 8, 2, True), (128, 32, 4, 3, True),
-    (64, 64, 4, 3, True), (128, 64, 8, 3, True, True), (128, 128, 8, 2, True, True),
+    (128, 64, 8, 3, True), (128, 64, 8, 4, True), (128, 128, 8, 2, True), (128, 32, 4, 4, True),
+    (128, 32, 8, 4, True, False, 1, 128), (64, 64, 4, 3, True), (128, 64, 8, 3, True, True),
 ]  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def prefill_part(bandwidth: float, quick: bool) -> None:
     def named(rows: list[tuple]) -> dict:
         return {" ".join(map(str, c)): BlockConfig(*c) for c in rows[: 3 if quick else None]}
 
-    print("prefill  candidates: block_m block_n num_warps num_stages tma persistent")
+    print("prefill  candidates: block_m block_n num_warps num_stages tma persistent per_sm registers")
     cases, best = [], None
     for n in (131072, 32768):
         q = torch.randn(1, HQ, n, D, device="cuda", dtype=DTYPE)

@@ -16,10 +16,11 @@ from foveate.tasks.passkey import Passkey
 def main() -> None:
     started, given = time.perf_counter(), arguments(__doc__, length=12288, seeds=2)
     model, tokenizer = load(given)
-    size = max(64, given.length // 4 // 64 * 64)
+    chunk = max(16, given.length // 192)
+    size = max(4, given.length // 4 // chunk) * chunk
     methods = [
         "full",
-        f"longheads:chunk=64,length={size},start={size}",
+        f"longheads:chunk={chunk},length={size},start={size}",
         f"streaming-llm:window={size - 4}",
     ]
     record(

@@ -22,7 +22,7 @@ from foveate.tasks.perplexity import Perplexity
 def main() -> None:
     started, given = time.perf_counter(), arguments(__doc__, length=1536, seeds=4)
     model, tokenizer = load(given)
-    block = 32
+    block = max(8, given.length // 48)
     length = given.length // 2 // block * block
     sizes = f"sinks={block},minimum={2 * block},multiple={block},new_tokens=64"
     with tempfile.TemporaryDirectory() as folder:

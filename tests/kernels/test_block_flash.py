@@ -16,7 +16,7 @@ from foveate.attention.backends.triton.configs import BlockConfig
 from foveate.errors import PlanError, ShapeError
 from tests.kernels.definitions import DEVICE, GATES, attention, causal_counts, error, lse_error
 
-SMALL = BlockConfig(16, 16, 4, 2)
+SMALL = BlockConfig(32, 32, 4, 2, edge=16)
 
 
 def draw(B=1, Hq=4, Hkv=2, M=100, N=100, D=32, DV=None, dtype=torch.float32):

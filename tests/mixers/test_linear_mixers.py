@@ -154,6 +154,7 @@ def test_mamba2_is_transformers_mamba2(groups):
         new = next((ours_ + name.removeprefix(t) for t, ours_ in names.items() if name.startswith(t)), name)
         weights[new] = value
     ours.load_state_dict(weights)
+    assert ours.o_norm.groups == groups
     # Older versions norm over the full width whatever the groups; ours, as the authors', over each group's share.
     ours.o_norm.groups = groups if hasattr(theirs.norm, "group_size") else 1
     x = tokens(rows=2)

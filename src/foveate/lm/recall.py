@@ -54,8 +54,7 @@ def recall_hits(ids: Tensor, vocab: int, *, corpus: BigramCounts | None = None, 
     ranked = codes.gather(1, order)
     # In a stable order all but the first of equal codes have an equal one earlier in the row.
     again = torch.nn.functional.pad(ranked[:, 1:] == ranked[:, :-1], (1, 0))
-    hits = torch.zeros_like(again).scatter(1, order, again)[:, : codes.shape[1]]
-    hits = torch.nn.functional.pad(hits, (1, 0))
+    hits = torch.nn.functional.pad(torch.zeros_like(again).scatter(1, order, again), (1, 0))
     return hits if corpus is None else hits & (corpus.look_up(ids) < rare_below)
 
 

@@ -232,14 +232,16 @@ def encode(x: Tensor, bits: int, group: int, dim: int) -> Coded:
     least, most = grouped.amin(dim + 1), grouped.amax(dim + 1)
     scale = (most - least) / levels
     step = torch.where(scale == 0, 1, scale).unsqueeze(dim + 1)
-    code = ((grouped - least.unsqueeze(dim + 1)) / step).clamp(0, levels).round().to(torch.int32)
+    # In bfloat16 the quotient alone would be off by whole codes.
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    code = ((grouped.to(exact) - least.unsqueeze(dim + 1)) / step.to(exact)).clamp(0, levels).round().to(torch.int32)
     return Coded(pack(code.flatten(dim, dim + 1), bits, dim), scale, least)
 
 
 def decode(coded: Coded, bits: int, group: int, dim: int) -> Tensor:
     """The numbers back, [B, H, N, D] in the dtype of the scales."""
     code = unpack(coded.code, bits, dim).unflatten(dim, (-1, group)).to(coded.scale.dtype)
-    made = code * coded.scale.unsqueeze(dim + 1) + coded.least.unsqueeze(dim + 1)
+    made = torch.addcmul(coded.least.unsqueeze(dim + 1), code, coded.scale.unsqueeze(dim + 1))
     return made.flatten(dim, dim + 1)
 
 

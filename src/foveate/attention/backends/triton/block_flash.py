@@ -85,7 +85,7 @@ def _row_tile(
     rows, row_blocks, m, n, columns, words, scale, softcap,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head; consecutive tiles share their list, then their keys."""
@@ -115,9 +115,8 @@ def _row_tile(
     v_at = V + b * stride_vb + hkv * stride_vh
 
     begin = tl.load(ROW_PTR + row)
-    SPLIT: tl.constexpr = PLAN_N // BLOCK_N
-    count = (tl.load(ROW_PTR + row + 1) - begin).to(tl.int32) * SPLIT
-    full = tl.load(N_FULL + row) * SPLIT
+    count = (tl.load(ROW_PTR + row + 1) - begin).to(tl.int32)
+    full = tl.load(N_FULL + row)
     COL += begin
 
     if SINK is not None:
@@ -130,8 +129,9 @@ def _row_tile(
     key = tl.arange(0, BLOCK_N)
 
     # The next tile's place is loaded one step ahead (design/kernels.md, 2.9).
-    start = _first_key(COL, 0, count, PLAN_N, BLOCK_N)
-    for j in range(0, full):
+    SPLIT: tl.constexpr = PLAN_N // BLOCK_N
+    start = _first_key(COL, 0, full * SPLIT, PLAN_N, BLOCK_N)
+    for j in range(0, full * SPLIT):
         if KD is not None:
             k = KD.load([b.to(tl.int32), hkv.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_D)
             v = VD.load([b.to(tl.int32), hkv.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_DV)
@@ -142,9 +142,13 @@ def _row_tile(
             v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
         scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
         top, mass, acc = _fold(scores, v, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
-        start = _first_key(COL, j + 1, count, PLAN_N, BLOCK_N)
+        start = _first_key(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
 
-    for j in range(full, count):
+    # Smaller tiles where there are masks, so that they do not decide how many registers the kernel needs.
+    EDGE_SPLIT: tl.constexpr = PLAN_N // BLOCK_E
+    key = tl.arange(0, BLOCK_E)
+    start = _first_key(COL, full * EDGE_SPLIT, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
+    for j in range(full * EDGE_SPLIT, count * EDGE_SPLIT):
         slot = start + key
         there = slot < n
         k_row = k_at + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
@@ -157,15 +161,15 @@ def _row_tile(
             see = see & (slot[None, :] <= q_pos[:, None])
         scores = tl.where(see, scores, float("-inf"))
         top, mass, acc = _fold(scores, v, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
-        start = _first_key(COL, j + 1, count, PLAN_N, BLOCK_N)
+        start = _first_key(COL, j + 1, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
 
     if COLUMN is not None:
         cut = tl.load(CUT + row)
         COLUMN += head_row.to(tl.int64) * columns
         COVERED += row.to(tl.int64) * words
-        at = tl.arange(0, BLOCK_C)
+        at = tl.arange(0, BLOCK_E)
         slot = _uncovered(COLUMN, COVERED, at, cut, PLAN_N)
-        for _ in range(0, cut, BLOCK_C):
+        for _ in range(0, cut, BLOCK_E):
             there = slot >= 0
             k_row = k_at + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
             v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
@@ -177,7 +181,7 @@ def _row_tile(
                 see = see & (slot[None, :] <= q_pos[:, None])
             scores = tl.where(see, scores, float("-inf"))
             top, mass, acc = _fold(scores, v, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
-            at += BLOCK_C
+            at += BLOCK_E
             slot = _uncovered(COLUMN, COVERED, at, cut, PLAN_N)
 
     some = mass > 0
@@ -200,7 +204,7 @@ def block_flash_kernel(
     tiles, rows, row_blocks, m, n, columns, words, scale, softcap,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """One tile per program, or all tiles dealt to a grid that fills the device once."""
@@ -210,7 +214,7 @@ def block_flash_kernel(
                 tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
                 stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                 rows, row_blocks, m, n, columns, words, scale, softcap,
-                HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_C, CAUSAL, SOFTCAP,
+                HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_E, CAUSAL, SOFTCAP,
                 PRECISION, UPCAST,
             )  # fmt: skip
     else:
@@ -218,7 +222,7 @@ def block_flash_kernel(
             tl.program_id(0), Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
             rows, row_blocks, m, n, columns, words, scale, softcap,
-            HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_C, CAUSAL, SOFTCAP,
+            HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_E, CAUSAL, SOFTCAP,
             PRECISION, UPCAST,
         )  # fmt: skip
 
@@ -348,7 +352,7 @@ def block_flash_fwd(
         scale / softcap if softcap else scale * runtime.LOG2E, (softcap or 0.0) * runtime.LOG2E,
         HQ=Hq, HKV=Hkv, HEADS=plan.heads, PLAN_M=plan.block_m, PLAN_N=plan.block_n,
         D=D, DV=DV, BLOCK_D=runtime.power_of_two(D, 16), BLOCK_DV=runtime.power_of_two(DV, 16),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=min(64, config.block_n), CAUSAL=causal, SOFTCAP=bool(softcap),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_E=min(block_n, config.edge), CAUSAL=causal, SOFTCAP=bool(softcap),
         PRECISION=runtime.dot_precision(q.dtype), UPCAST=runtime.upcast(q.dtype), PERSISTENT=config.persistent,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
     )  # fmt: skip

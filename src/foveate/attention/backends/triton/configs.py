@@ -67,7 +67,7 @@ class BlockConfig:
 
     tma: keys of full blocks come by the tensor memory accelerator. persistent: a grid of `per_sm` thread blocks per
     multiprocessor takes all the work. registers: most per thread; at 128, two blocks of 8 warps share a multiprocessor,
-    and one multiplies while the other exponentiates.
+    and one multiplies while the other exponentiates. edge: keys of a tile of partial blocks and of columns.
     """
 
     block_m: int
@@ -78,6 +78,7 @@ class BlockConfig:
     persistent: bool = False
     per_sm: int = 1
     registers: int | None = None
+    edge: int = 32
 
 
 # (most query rows of a tile, D) -> configuration. Not measured yet: design/kernels.md, 4c.
