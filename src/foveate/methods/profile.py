@@ -120,8 +120,21 @@ def default_folder(kind: str, model: ModelIdentity) -> Path:
     return root / "profiles" / f"{kind}-{model.model_type}-{model.layers}x{model.kv_heads}-{model.fingerprint}"
 
 
+def shipped(kind: str, model: ModelIdentity) -> Path | None:
+    """A profile that comes with foveate (for the bundled model), None when there is none for this one."""
+    for described in sorted(Path(__file__).parents[1].glob(f"profiles/{kind}-*/profile.json")):
+        if json.loads(described.read_text())["model"] == asdict(model):
+            return described.parent
+    return None
+
+
 def resolve(profile: str | Profile | None, kind: str, model: ModelIdentity) -> Profile:
-    """A profile given as an object, a folder or not at all, checked against the model."""
-    found = profile if isinstance(profile, Profile) else load(profile or default_folder(kind, model), kind)
+    """A profile given as an object or a folder, or else the user's own, or the shipped one; checked against the model."""
+    if isinstance(profile, Profile):
+        found = profile
+    else:
+        own = default_folder(kind, model)
+        place = profile or (own if own.exists() else shipped(kind, model)) or own
+        found = load(place, kind)
     found.check(kind, model)
     return found
