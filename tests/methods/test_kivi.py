@@ -80,6 +80,18 @@ def test_codes(bits: int, dim: int) -> None:
     torch.testing.assert_close(made[:1, :1], there_and_back(x[:1, :1], bits, 32, dim), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_nearest_code_of_the_stored_scales(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 64, 32).to(dtype)
+    coded = encode(x, 2, 32, 2)
+    assert coded.scale.dtype == coded.least.dtype == decode(coded, 2, 32, 2).dtype == dtype
+    scale, least = (each.float().repeat_interleave(32, 2) for each in (coded.scale, coded.least))
+    levels = least + scale * torch.arange(4).view(4, 1, 1, 1, 1)
+    nearest = (levels - x.float()).abs().amin(0)
+    made = least + scale * unpack(coded.code, 2, 2)
+    torch.testing.assert_close((made - x.float()).abs(), nearest, rtol=0, atol=1e-5)
+
+
 def test_words_hold_the_first_number_in_their_lowest_bits() -> None:
     code = torch.tensor([3, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3]).view(1, 1, 1, 16).int()
     word = pack(code, 2, 3)

@@ -47,7 +47,7 @@ def test_the_pass_key_is_stated_at_its_depth(seed: int) -> None:
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_a_named_depth_is_kept(depth: float) -> None:
-    for task in (Passkey(depth=depth), NiahSingle(depth=depth), Recall(depth=depth)):
+    for task in (Passkey(depth=depth), NiahSingle(depth=depth), Recall(depth=depth, queries=1)):
         context, _, example = made(task, 3000)
         assert example.depth == depth
         assert context.index(example.turns[0].answers[0]) / len(context) == pytest.approx(depth, abs=0.06)
@@ -76,7 +76,7 @@ def test_needles_in_prose(task: Niah, keys: int, values: int, queries: int) -> N
     assert (example.depth is None) == (values * queries > 1)
     start, end = (
         "Secret numbers are hidden in the text below. Remember them.\n\n",
-        "is" if values * queries == 1 else "are",
+        "is",
     )
     assert context.startswith(start)
     assert questions[0].endswith(end)
@@ -131,7 +131,7 @@ def test_recall_holds_each_key_once() -> None:
 
 
 def test_recall_spreads_a_number_of_pairs_over_prose() -> None:
-    context, _, example = made(Recall(pairs=6), 2500)
+    context, _, example = made(Recall(pairs=6, queries=1), 2500)
     assert len(re.findall(r"^[\w-]+: \d{4}$", context, re.MULTILINE)) == 6
     assert example.depth == depth_of(4)
 
@@ -250,7 +250,7 @@ def test_scores_are_the_mean_over_turns() -> None:
     [
         (lambda: Niah(keys=2, queries=3), "queries=3, allowed: <= keys=2"),
         (lambda: Niah(keys=200, values=100), "keys * values = 20000, allowed: <= 10000"),
-        (lambda: Recall(pairs=2, queries=3), "queries=3, allowed: <= pairs=2"),
+        (lambda: Recall(pairs=3), "queries=4, allowed: <= pairs=3"),
         (lambda: CommonWords(often=3), "often=3, allowed: > seldom=3"),
         (lambda: CommonWords(seldom=8), "often=6, allowed: > seldom=8"),
         (lambda: NiahSingle(haystack="hay"), "haystack='hay', allowed:"),

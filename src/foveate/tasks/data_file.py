@@ -78,7 +78,7 @@ class DataFile(Task):
         check_length(self, length)
         record = self.records[seed % len(self.records)]
         framed = frame("data-file", tokenizer, self.chat)
-        asked = Question(record.question, self.cue, record.answers, self.max_new_tokens)
+        asked = Question(record.question, self.cue, record.answers, max_new_tokens=self.max_new_tokens)
         question, new_tokens = encode_question(tokenizer, framed, asked, follows_answer=False)
         start = beginning(tokenizer) if framed.special_tokens else []
         context = start + encode(tokenizer, framed.opening + record.context)

@@ -60,6 +60,6 @@ class MultiTurn(DraftedTask):
         return Draft(
             body=lambda units: introduction("numbers") + " ".join(haystack.weave(filler(units), needles)),
             padding=haystack.gap(filler(8)),
-            questions=tuple(question("numbers", [key], (value,)) for key, value in zip(keys, values, strict=True)),
+            questions=tuple(question("numbers", [pair]) for pair in zip(keys, values, strict=True)),
             meta={"keys": keys, "depths": depths},
         )

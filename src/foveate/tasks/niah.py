@@ -72,21 +72,19 @@ class Niah(DraftedTask):
         rng = random.Random(f"niah {seed}")
         keys = draw(self.key, self.keys, rng)
         drawn = draw(self.value, self.keys * self.values, rng)
-        values = [drawn[first : first + self.values] for first in range(0, len(drawn), self.values)]
         depths = [haystack.depth_of(seed) if self.depth is None else self.depth]
         depths += [rng.random() for _ in drawn[1:]]
-        pairs = [(key, value) for key, some in zip(keys, values, strict=True) for value in some]
+        pairs = [(keys[place // self.values], value) for place, value in enumerate(drawn)]
         needles = [(depth, needle(self.value, *pair)) for depth, pair in zip(depths, pairs, strict=True)]
         filler, most, padding = self._filler(rng, set(keys))
-        asked = keys[: self.queries]
-        answers = tuple(value for some in values[: self.queries] for value in some)
+        asked = pairs[: self.queries * self.values]
         return Draft(
             body=lambda units: introduction(self.value) + " ".join(haystack.weave(filler(units), needles)),
             padding=padding,
-            questions=(question(self.value, asked, answers),),
+            questions=(question(self.value, asked),),
             most=most,
-            depth=depths[0] if len(answers) == 1 else None,
-            meta={"keys": asked, "depths": depths[: len(answers)]},
+            depth=depths[0] if len(asked) == 1 else None,
+            meta={"keys": keys[: self.queries], "depths": depths[: len(asked)]},
         )
 
     def _filler(self, rng: random.Random, taken: set[str]) -> tuple[Callable[[int], list[str]], int | None, str]:
@@ -146,13 +144,16 @@ def needle(value: str, key: str, answer: str) -> str:
     return f"The secret {_NAMES[value]} of {key} is {answer}."
 
 
-def question(value: str, keys: Sequence[str], answers: tuple[str, ...]) -> Question:
-    """The question for all `answers` of `keys`, in the words of the needle."""
+def question(value: str, asked: Sequence[tuple[str, str]]) -> Question:
+    """The question for all `asked` (key, answer) pairs; its cue is the beginning of the first one's needle."""
+    keys = list(dict.fromkeys(key for key, _ in asked))
     owners = keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + " and " + keys[-1]
-    name = _NAMES[value]
-    if len(answers) == 1:
-        return Question(f"What is the secret {name} of {owners}?", f"The secret {name} of {owners} is", answers)
-    return Question(f"What are all the secret {name}s of {owners}?", f"The secret {name}s of {owners} are", answers)
+    ask = (
+        f"What is the secret {_NAMES[value]} of" if len(asked) == 1 else f"What are all the secret {_NAMES[value]}s of"
+    )
+    cue = f"The secret {_NAMES[value]} of {keys[0]} is"
+    reply = " ".join(needle(value, *pair) for pair in asked).removeprefix(cue).strip()
+    return Question(f"{ask} {owners}?", cue, tuple(answer for _, answer in asked), reply)
 
 
 def other_needles(key: str, value: str, rng: random.Random, taken: set[str]) -> Iterator[str]:

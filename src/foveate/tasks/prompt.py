@@ -16,9 +16,9 @@ from typing import Any
 
 from foveate.errors import OptionError
 
-# What a small model writes around its answers: ", and " or "10. " beside each, a few words in all.
-_TOKENS_BESIDE_EACH = 3
-_TOKENS_IN_ALL = 4
+# Room for what a model writes beside its answers: " and " at each, a few words in all.
+_TOKENS_BESIDE_EACH = 2
+_TOKENS_IN_ALL = 5
 _INTERPOLATIONS = 8
 
 
@@ -27,12 +27,14 @@ class Question:
     """A question, the cue with which the answer begins, and the strings expected after it.
 
     In a chat template the cue opens the model's reply; otherwise it follows the question.
-    `lead` stands between the context and the question.
+    `lead` stands between the context and the question; `reply` is what a perfect model writes after the cue (by
+    default the answers, with commas) and says how many tokens it may write.
     """
 
     text: str
     cue: str
     answers: tuple[str, ...]
+    reply: str = ""
     max_new_tokens: int | None = None
     lead: str = "\n\n"
 
@@ -115,8 +117,8 @@ def encode_question(
     ids = encode(tokenizer, start + question.text + framed.closing + space + question.cue)
     if question.max_new_tokens is not None:
         return tuple(ids), question.max_new_tokens
-    answers = sum(len(encode(tokenizer, " " + answer)) + _TOKENS_BESIDE_EACH for answer in question.answers)
-    return tuple(ids), answers + _TOKENS_IN_ALL
+    reply = encode(tokenizer, " " + (question.reply or ", ".join(question.answers)))
+    return tuple(ids), len(reply) + _TOKENS_BESIDE_EACH * len(question.answers) + _TOKENS_IN_ALL
 
 
 def assemble(

@@ -1,14 +1,14 @@
 """Associative recall: many key-value pairs, and keys to look up.
 
 As in MQAR (Zoology, arXiv 2312.04927) a key that comes back must call its value; here in words, for a pretrained
-model, and with the key followed by the same words before and after:
+model, as the key of a new line:
 
     amber-castle: 4821
     ...
     amber-castle:        and the model goes on
 
-There is no question in words: so SmolLM2-135M-Instruct (CPU, float32) found 33 of 56 values among 40 to 90 pairs, from
-0 of 8 to 10 of 12 per context, but 1 of 12 when "What is the number of KEY?" came before the key.
+There is no question in words: so SmolLM2-135M-Instruct (CPU, float32) found 42 of 74 values among 40 to 90 pairs, but
+1 of 12 when "What is the number of KEY?" came before the key.
 
 `pairs=None` fills the whole length with pairs, `pairs=n` spreads n of them over prose. Each of the `queries` looks
 up another key, on a copy of the context's cache; the score is the mean.
@@ -53,7 +53,7 @@ _MOST_PAIRS = 20_000
 class Recall(DraftedTask):
     """Look up values by their keys in a long list of key-value pairs."""
 
-    queries: int = option(1, "keys looked up, each on a copy of the context's cache", at_least=1, at_most=1000)
+    queries: int = option(4, "keys looked up, each on a copy of the context's cache", at_least=1, at_most=1000)
     pairs: int | None = option(
         None, "pairs in the context, spread over prose; None: nothing but pairs", at_least=1, at_most=_MOST_PAIRS // 2
     )

@@ -88,6 +88,7 @@ class CommonWords(DraftedTask):
             f"Question: Which {self.words} words occur most often in the list?",
             f"Answer: The {self.words} words that occur most often are:",
             tuple(common),
+            numbered(common),
         )
 
     def _solved(self, rng: random.Random) -> str:

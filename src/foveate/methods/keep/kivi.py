@@ -16,8 +16,9 @@ ones. The coded part is decoded in pieces of `piece` tokens, attended to, and me
 
 Bytes per key and value number: bits / 8 and 2 scale numbers per group; at 2 bits, groups of 32 and float16 5.3 times
 less than float16, plus the residual. A step costs O(N D) and decodes everything once.
-Differs from the authors' code: a group of equal numbers has scale 0 and decodes exactly (theirs: NaN); GQA reads each
-KV head once; later pieces of text attend to what is coded by then, exactly to themselves; int32 words for 4 bits too.
+Differs from the authors' code: quotients are float32 (theirs: the model's dtype), so codes are the nearest to the
+stored scales; a group of equal numbers has scale 0 and decodes exactly (theirs: NaN); GQA reads a KV head once; later
+pieces of text attend to what is coded by then, exactly to themselves; int32 words for 4 bits too.
 Alone: what is coded cannot be evicted or selected from. OptionError where residual, group and bits do not fit,
 ShapeError where a head's width is no multiple of group or of 32 / bits.
 """
