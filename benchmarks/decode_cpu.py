@@ -8,6 +8,7 @@ Writes benchmarks/results/decode_cpu_<dtype>_<length>.json.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +30,9 @@ def main() -> None:
     methods = ["full", f"snapkv:budget={quarter}", "duo:sparsity=0.78", f"adakv:budget={quarter}"]
     result = bench(model, methods=methods, length=given.length, rounds=given.rounds)
     Console().print(result.table())
-    result.to_json(RESULTS / f"decode_cpu_{given.dtype}_{given.length}.json")
+    # FOVEATE_CPP=0 times the torch kernels alone.
+    kernels = "_torch" if os.environ.get("FOVEATE_CPP") == "0" else ""
+    result.to_json(RESULTS / f"decode_cpu_{given.dtype}_{given.length}{kernels}.json")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def compare(
         str | None, typer.Option(help="specs separated by spaces or ';'; 'full snapkv:budget=256'")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="tasks separated by spaces or ';'")] = None,
-    lengths: Annotated[str, typer.Option(help="prompt lengths in tokens, separated by commas")] = "2048",
+    lengths: Annotated[str, typer.Option(help="prompt lengths in tokens, separated by commas")] = "1024",
     seeds: Annotated[int, typer.Option(help="examples per cell", min=1)] = 2,
     data: Annotated[Path | None, typer.Option(help="a JSONL file with context, question, answers")] = None,
     out: Annotated[Path, typer.Option(help="folder for results.json and report.html")] = Path("foveate-report"),
