@@ -129,7 +129,7 @@ def shipped(kind: str, model: ModelIdentity) -> Path | None:
 
 
 def resolve(profile: str | Profile | None, kind: str, model: ModelIdentity) -> Profile:
-    """A profile given as an object or a folder, else the user's own, else the shipped one; checked against the model."""
+    """A profile given as an object or a folder, else the user's own, else the shipped one; checked for the model."""
     if isinstance(profile, Profile):
         found = profile
     else:
