@@ -26,16 +26,38 @@ def methods() -> str:
 def numbers() -> str:
     parts = []
     for file in sorted(RESULTS.glob("decode_cpu_*.json")):
-        data = json.loads(file.read_text())
-        parts.append(_decode(data))
+        parts.append(_decode(json.loads(file.read_text()), "torch kernels only" if "torch" in file.stem else ""))
+    for file in sorted(RESULTS.glob("needles_*.json")):
+        parts.append(_needles(json.loads(file.read_text()), file.name))
     return "\n\n".join(parts) or "None recorded yet."
 
 
-def _decode(data: dict[str, Any]) -> str:
+def _needles(data: dict[str, Any], name: str) -> str:
+    cells: dict[str, dict[tuple[str, int], float]] = {}
+    for row in data["rows"]:
+        cells.setdefault(_without_length(row["method"]), {})[row["task"], row["length"]] = row["score"]
+    columns = sorted({at for found in cells.values() for at in found})
+    rows = [
+        f"Scores at half of a prompt's tokens, question known, {data['seeds']} seeds, {data['environment']['device']} "
+        f"({name}):",
+        "",
+        "| method | " + " | ".join(f"{task} {length}" for task, length in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for method, found in cells.items():
+        rows.append(f"| {method} | " + " | ".join(f"{found[at]:.2f}" if at in found else "" for at in columns) + " |")
+    return "\n".join(rows)
+
+
+def _without_length(method: str) -> str:
+    return re.sub(r"(budget|window)=\d{3,}", r"\1=half", method)
+
+
+def _decode(data: dict[str, Any], note: str) -> str:
     where = data["environment"]
     rows = [
         f"SmolLM2-135M, {data['length']} tokens, {where['dtype']}, {where['device']}, {where['date'][:10]}, medians of "
-        f"{where['rounds']} interleaved rounds:",
+        f"{where['rounds']} interleaved rounds{', ' + note if note else ''}:",
         "",
         "| method | first token, x stock | ms per token | decode speed-up over stock | cache bytes, x full |",
         "|---|---|---|---|---|",
