@@ -99,6 +99,9 @@ def compare(
     ] = True,
     dtype: Dtype = "bfloat16",
     stride: Annotated[int, typer.Option(help="perplexity: tokens scored per step", min=1)] = 8,
+    break_even: Annotated[
+        str, typer.Option(help="prompt lengths timed to find where each method breaks even, e.g. 512,4096")
+    ] = "",
 ) -> None:
     """Compare methods with the dense model: quality, latency, memory, bytes, density."""
     from foveate.compare import compare as run_comparison
@@ -120,6 +123,7 @@ def compare(
         query_aware=query_aware,
         out=str(out),
         stride=stride,
+        break_even_lengths=_numbers(break_even),
     )
     comparison.save()
     if json_path is not None:
