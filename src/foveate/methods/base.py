@@ -27,7 +27,7 @@ class Method:
     ragged: ClassVar[bool] = False
     # Whether `keep` ever drops anything.
     evicts: ClassVar[bool] = False
-    # Whether the method must be alone: it reads or moves positions in its own way.
+    # Whether the method must be alone: it stores or reads keys in its own way.
     alone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Composed(Method):
             others = [type(each).__name__ for each in self.parts if each is not part]
             if part.alone:
                 raise CompositionError(
-                    f"{type(part).__name__} moves positions in its own way and cannot be combined with {others}; "
+                    f"{type(part).__name__} stores or reads keys in its own way and cannot be combined with {others}; "
                     "use it alone"
                 )
             selects = [type(each).__name__ for each in self.parts if each.acts_in - {"prefill"} and each is not part]
