@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from foveate.attention import attend
@@ -40,4 +39,3 @@ ADAPTERS = {
     "flexprefill/score-cover-topk-crossing-kept": flexprefill_helpers,
     "flexprefill/active-block-map-block-sparse-output": flexprefill_blocks,
 }
-__all__ = ["ADAPTERS", "torch"]

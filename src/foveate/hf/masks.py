@@ -14,7 +14,6 @@ from torch import Tensor
 from foveate.errors import UnsupportedModelError
 
 _SERVED = ("causal_mask_function", "sliding_window_overlay", "and_masks")
-_served: dict[int, Callable[..., Any]] = {}
 
 
 def padding_mask(
@@ -34,16 +33,12 @@ def padding_mask(
 
 
 def _refuse_overlays(function: Callable[..., Any]) -> None:
-    key = id(getattr(function, "__code__", function))
-    if key in _served and not getattr(function, "__closure__", None):
-        return
     for part in _parts(function):
         if part.split(".")[0] not in _SERVED:
             raise UnsupportedModelError(
                 f"the model asks for the mask {part!r} (packed sequences, image blocks or another overlay), which "
                 "foveate does not serve; leave `apply` for such inputs"
             )
-    _served[key] = function
 
 
 def _parts(function: Callable[..., Any]) -> list[str]:

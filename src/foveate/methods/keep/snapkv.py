@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.methods.budgets import top_mask
 from foveate.methods.cache import Change, KeepRagged
-from foveate.methods.prompt import WindowVotes, hide_padding, pool_votes, window_weights
+from foveate.methods.prompt import WindowVotes, pool_votes, window_weights
 from foveate.methods.step import Step
 from foveate.options import option
 from foveate.registry import register
@@ -49,10 +50,6 @@ class SnapKV(WindowVotes):
 
     per_query_head: bool = option(False, "each query head chooses its own keys (the original); the union is stored")
 
-    @property
-    def ragged_union(self) -> bool:
-        return self.per_query_head
-
     def check(self) -> None:
         super().check()
         if self.ratio is None and self.budget <= self.window:
@@ -66,8 +63,6 @@ class SnapKV(WindowVotes):
 
     def choose_per_query_head(self, step: Step) -> Tensor:
         """Bool [B, Hq, N]: what each query head would keep."""
-        from foveate.methods.budgets import top_mask
-
         count = self.count(step.real_tokens())
         if step.cache.stored <= self.window or self._keeps_all(count, step.real_tokens()):
             return torch.ones(*step.q.shape[:2], step.cache.stored, dtype=torch.bool, device=step.q.device)
@@ -82,6 +77,3 @@ class SnapKV(WindowVotes):
             return super().choose(step)
         mask = self.choose_per_query_head(step)
         return None if bool(mask.all()) else KeepRagged(mask.unflatten(1, (step.kv_heads, -1)).any(2))
-
-
-__all__ = ["SnapKV", "hide_padding"]
