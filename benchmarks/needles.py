@@ -42,6 +42,18 @@ def methods_for(length: int, share: float) -> list[str]:
     ]
 
 
+def variants_for(length: int, share: float) -> list[str]:
+    """Small observation windows and another base for Ada-KV."""
+    kept, drop = int(length * share), f"ratio={1 - share}"
+    return [
+        f"snapkv:{drop},window=16",
+        f"snapkv:{drop},window=8,kernel=7,pool=max",
+        f"adakv:budget={kept},window=16",
+        f"pyramidkv:{drop},window=16",
+        f"adakv:budget={kept},base=expected-attention",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=20)
@@ -49,6 +61,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="2048,4096")
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--query-agnostic", action="store_true")
+    parser.add_argument("--variants", action="store_true", help="other windows and bases instead of every method")
     parser.add_argument("--model", default=None)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cells", default="foveate-report/needles")
@@ -60,7 +73,7 @@ def main() -> None:
         comparison = compare(
             model,
             tokenizer,
-            methods_for(length, given.share),
+            (variants_for if given.variants else methods_for)(length, given.share),
             ["passkey", "niah-single"],
             [length],
             range(given.first_seed, given.first_seed + given.seeds),
@@ -72,7 +85,8 @@ def main() -> None:
         rows += [{name: row[name] for name in KEPT} for row in comparison.rows]
     assert comparison is not None
     kind = "agnostic" if given.query_agnostic else "aware"
-    target = Path(given.out) / f"needles_{given.share}_{kind}.json"
+    suffix = "_variants" if given.variants else ""
+    target = Path(given.out) / f"needles_{given.share}_{kind}{suffix}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     data = {"environment": comparison.environment, "model": comparison.model, "seeds": given.seeds, "rows": rows}
     target.write_text(json.dumps(data, indent=1) + "\n")
