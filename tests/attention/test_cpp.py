@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -65,6 +67,11 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOVEATE_CPP", "0")
     q, k = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 9, 32)
     assert explain(q, k, k).name == "torch"
-    monkeypatch.setenv("FOVEATE_CPP", "1")
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    q, k = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 9, 32)
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "_library", build._library.__wrapped__)
     assert "no C++ compiler" in str(explain(q, k, k))

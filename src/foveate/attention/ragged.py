@@ -58,6 +58,9 @@ def attend_ragged(
     o = torch.zeros(B, heads, G * M, v.shape[1], dtype=q.dtype, device=q.device)
     lse = torch.full((B, heads, G * M), -torch.inf, dtype=torch.float32, device=q.device)
     rows = q.reshape(B, heads, G * M, D)
+    if not needs_positions and log_weight is None:
+        _attend_runs(rows.reshape(B * heads, G * M, D), k, v, start, length, scale, need_lse, o, lse)
+        return _finish(o.view(B, Hq, M, -1), lse.view(B, Hq, M), sink, return_lse)
     for segment, (begin, count) in enumerate(zip(start, length)):
         if not count:
             continue
@@ -87,6 +90,52 @@ def attend_ragged(
         if own_lse is not None:
             lse[b, h] = own_lse[0, 0]
     return _finish(o.view(B, Hq, M, -1), lse.view(B, Hq, M), sink, return_lse)
+
+
+def _attend_runs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Sequence[int],
+    length: Sequence[int],
+    scale: float,
+    need_lse: bool,
+    o: Tensor,
+    lse: Tensor,
+) -> None:
+    """Whole segments, q [S, R, D], into o and lse (seen as [S, R, ...]): one fused call per run of equal segments."""
+    flat_o, flat_lse = o.view(len(start), *o.shape[2:]), lse.view(len(start), -1)
+    for first, last in runs(start, length):
+        n = length[first]
+        if not n:
+            continue
+        gap = start[first + 1] - start[first] if last - first > 1 else n
+        keys, values = (
+            x.as_strided(
+                (1, last - first, n, x.shape[1]),
+                (0, gap * x.stride(0), *x.stride()),
+                x.storage_offset() + start[first] * x.stride(0),
+            )
+            for x in (k, v)
+        )
+        own, own_lse = fused(q[None, first:last], keys, values, scale=scale, lse=need_lse)
+        flat_o[first:last] = own[0]
+        if own_lse is not None:
+            flat_lse[first:last] = own_lse[0]
+
+
+def runs(start: Sequence[int], length: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring segments [first, last) of one length, equally far apart: one strided view each."""
+    found: list[tuple[int, int]] = []
+    for s, n in enumerate(length):
+        if found:
+            first, last = found[-1]
+            evenly = last - first == 1 or start[s] - start[s - 1] == start[first + 1] - start[first]
+            if n == length[first] and evenly:
+                found[-1] = (first, s + 1)
+                continue
+        found.append((s, s + 1))
+    return found
 
 
 def _finish(o: Tensor, lse: Tensor, sink: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

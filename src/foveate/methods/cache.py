@@ -291,8 +291,7 @@ class LayerCache:
 
     def drop_ragged(self, rows: tuple[tuple[int, int], ...]) -> None:
         assert self.packed is not None
-        for segment, row in rows:
-            self.packed.remove(segment, row)
+        self.packed.remove(rows)
         self.ordered = False
         self.version += 1
 

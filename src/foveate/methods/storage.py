@@ -6,6 +6,8 @@ Growth is amortised: slack is a 64th of the length, so a token costs the copy of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -119,12 +121,15 @@ class Segments:
         self._lay_out(old)
         self.length = lengths
 
-    def remove(self, s: int, row: int) -> None:
-        """Remove one row of a segment by moving its last row into its place."""
-        last = self.start[s] + self.length[s] - 1
+    def remove(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Remove (segment, row) pairs, at most one of each segment, by moving the segment's last row into its place."""
+        device = next(iter(self.fields.values())).device
+        into = torch.tensor([self.start[s] + row for s, row in rows], device=device)
+        last = torch.tensor([self.start[s] + self.length[s] - 1 for s, _ in rows], device=device)
         for flat in self.fields.values():
-            flat[self.start[s] + row] = flat[last]
-        self.length[s] -= 1
+            flat.index_copy_(0, into, flat.index_select(0, last))
+        for s, _ in rows:
+            self.length[s] -= 1
 
     def pick(self, keep: list[Tensor | None]) -> None:
         """Keep the given rows of each segment (None: all)."""

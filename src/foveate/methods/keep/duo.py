@@ -95,15 +95,20 @@ class Duo(Calibrated):
             lowest_stream(gates, self.sparsity) if self.variant == "kvpress" else sparsify_heads(gates, self.sparsity)
         )
 
+    @cached_property
+    def streaming_heads(self) -> list[list[int]]:
+        """The KV heads of each layer that stream."""
+        return [(~full).nonzero()[:, 0].tolist() for full in self.full_heads]
+
     def keep(self, step: Step) -> Change | None:
-        full = self.full_heads[step.layer]
-        if bool(full.all()):
+        if not self.streaming_heads[step.layer]:
             return None
+        full = self.full_heads[step.layer]
         if self.variant == "kvpress":
             ends = step.phase == "prefill" and not step.run.chunked
             return self._truncate(step, full) if ends else None
         if step.phase == "decode" and step.cache.ragged:
-            return self._slide(step, full)
+            return self._slide(step)
         return self._truncate(step, full)
 
     def prompt_ends(self, step: Step) -> Change | None:
@@ -129,7 +134,7 @@ class Duo(Calibrated):
         mask = torch.ones(B, H, cache.stored, dtype=torch.bool, device=step.q.device)
         kept = []
         for b in range(B):
-            for h in (~full).nonzero()[:, 0].tolist():
+            for h in self.streaming_heads[step.layer]:
                 held = cache.packed.segment("positions", b * H + h)
                 stays = (held < self.sinks) | (held > cutoff[b])
                 mask[b, h, : held.shape[0]] = stays
@@ -137,13 +142,13 @@ class Duo(Calibrated):
         step.state = Ring.of(kept, self.sinks, [self.window] * B)
         return KeepRagged(mask)
 
-    def _slide(self, step: Step, full: Tensor) -> Change | None:
+    def _slide(self, step: Step) -> Change | None:
         """Evict the oldest token of each streaming head that holds one too many."""
         packed, ring = step.cache.packed, step.state
         assert packed is not None
         assert isinstance(ring, Ring)
         B, H = step.cache.shape
-        streaming = (~full).nonzero()[:, 0].tolist()
+        streaming = self.streaming_heads[step.layer]
         gone: list[tuple[int, int]] = []
         for b in range(B):
             if packed.length[b * H + streaming[0]] <= self.sinks + self.window:

@@ -24,8 +24,6 @@ def why_unavailable() -> str | None:
     """Why the kernel cannot be had here, None when it can (or is already built)."""
     if os.environ.get("FOVEATE_CPP", "1") == "0":
         return "it is switched off by FOVEATE_CPP=0"
-    if compiler() is None:
-        return "no C++ compiler (g++ or clang++) was found to build it"
     return _library()[1]
 
 
@@ -49,6 +47,8 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     target = _target()
     try:
         if not target.exists():
+            if compiler() is None:
+                return None, "no C++ compiler (g++ or clang++) was found to build it"
             _compile(target)
         return ctypes.CDLL(str(target)), None
     except (OSError, subprocess.CalledProcessError) as error:
