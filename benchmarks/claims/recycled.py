@@ -19,10 +19,10 @@ from keeping import arguments, load, losses, mean, record, retrieval
 from selecting import distributions, divergence
 from torch import Tensor
 
+from foveate.attention.scoring import top_mask
 from foveate.attention.statistics import by_group
 from foveate.hf import apply
 from foveate.methods import Method
-from foveate.methods.budgets import top_mask
 from foveate.methods.cache import Change
 from foveate.methods.select.scores import last_weights
 from foveate.methods.step import Step

@@ -15,8 +15,7 @@ from keeping import arguments, load, next_token, record, retrieval
 from selecting import divergence
 from torch import Tensor
 
-from foveate.methods.budgets import slots_of, top_mask
-from foveate.methods.select.scores import query_scores
+from foveate.attention.scoring import query_scores, slots_of, top_mask
 from foveate.methods.select.tokenselect import TokenSelect
 from foveate.registry import register
 from foveate.tasks.passkey import Passkey

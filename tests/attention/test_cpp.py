@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from foveate.attention import Tokens, attend, explain
+from foveate.attention.backends import cpp_scoring
 from foveate.attention.backends.cpp import build
 from foveate.attention.ragged import attend_ragged
+from foveate.attention.scoring import query_scores, slots_of, top_mask, top_slots
 from foveate.errors import BackendError
 
 pytestmark = pytest.mark.skipif(
@@ -75,3 +79,28 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(build, "compiler", lambda: None)
     monkeypatch.setattr(build, "_library", build._library.__wrapped__)
     assert "no C++ compiler" in str(explain(q, k, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 64, 80])
+def test_scores_of_a_query(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 6, size).to(dtype), torch.randn(2, 2, 40, size).to(dtype)[:, :, 3:]
+    exact = torch.einsum("bhgd,bhnd->bhgn", q.double().view(2, 2, 3, size), k.double()).flatten(1, 2)
+    assert cpp_scoring.why_not(q.view(2, 2, 3, size), k) is None
+    made = query_scores(q, k)
+    assert made.dtype == torch.float32
+    assert torch.allclose(made.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 70), st.booleans())
+def test_the_best_slots_are_those_of_the_mask(seed: int, tokens: int, per_row: bool) -> None:
+    made = torch.Generator().manual_seed(seed)
+    # Few values, so that many are equal.
+    scores = torch.randint(-3, 3, (2, 3, tokens), generator=made).float() * -1.0
+    scores[torch.rand(scores.shape, generator=made) < 0.2] = -torch.inf
+    counts = torch.randint(0, tokens + 2, (2, 3), generator=made)
+    count = counts if per_row else int(counts[0, 0])
+    assert cpp_scoring.why_not_top(scores) is None
+    assert torch.equal(top_slots(scores, count), slots_of(top_mask(scores, count)))

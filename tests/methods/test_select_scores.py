@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from foveate.attention import attend
+from foveate.attention.scoring import query_scores
 from foveate.methods import SingleLayer, create
-from foveate.methods.select.scores import last_weights, query_scores
+from foveate.methods.select.scores import last_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -49,9 +49,11 @@ def attend_ragged(
     G = Hq // heads
     scale = D**-0.5 if scale is None else scale
     if M == 1 and window is None and log_weight is None and cpp_plans.why_not_segments(q, k, v, G) is None:
-        rows = (q.reshape(B * heads, G, D).float() * scale).contiguous()
+        rows = q.reshape(B * heads, G, D).contiguous()
         offsets = [[row * x.stride(0) for row in start] for x in (k, v)]
-        o, lse = cpp_plans.decode(rows, k, v, offsets[0], offsets[1], k.stride(0), v.stride(0), None, list(length))
+        o, lse = cpp_plans.decode(
+            rows, k, v, offsets[0], offsets[1], k.stride(0), v.stride(0), None, list(length), scale
+        )
         o, lse = o.view(B, Hq, M, -1).to(q.dtype), lse.view(B, Hq, M)
         return _finish(o, lse, sink, return_lse)
     need_lse = return_lse or sink is not None

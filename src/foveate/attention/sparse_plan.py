@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ByKeys:
+    """The same blocks listed by key block, for gradients of keys and values.
+
+    ptr: int64 [lists + 1], one list per key block of each head of each sequence; row: int32 [nnz], query blocks
+    within their head, ascending; n_masked: int32 [lists], the first entries of a list that need a causal mask;
+    order: int32 [lists], head after head, longest lists first.
+    """
+
+    ptr: Tensor
+    row: Tensor
+    n_masked: Tensor
+    order: Tensor
+
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """Device tensors, built without host sync, immutable, shared over layers and steps.
+    """Device tensors, built with at most one host sync, immutable, shared over layers and steps.
 
     Row = one block of `block_m` queries of one head of one sequence; `heads` is 1, Hkv or Hq.
     row_ptr: int64 [rows + 1]; col: int32 [nnz], ascending within a row.
     n_full: int32 [rows], the first blocks of each row that need no causal mask (M queries are the last of N).
     columns: int32 [B, heads, V] or None, single key slots for every row (< 0 absent), read besides the blocks.
-    order: int32 [rows], longest rows first, for a balanced launch.
+    order: int32 [rows], the launch's: head after head, so that the keys in use stay in the L2 cache, and the longest
+    rows of a head first, for a balanced end.
     """
 
     row_ptr: Tensor
@@ -36,14 +57,36 @@ class SparsePlan:
         cls, row_ptr: Tensor, col: Tensor, *, batch: int, heads: int, m: int, n: int, block_m: int, block_n: int
     ) -> SparsePlan:
         counts = row_ptr.diff()
-        rows_per_head = -(-m // block_m)
-        row = torch.repeat_interleave(torch.arange(counts.numel(), device=col.device), counts)
-        first_query = (row % rows_per_head) * block_m + (n - m)
-        full = (col.long() + 1) * block_n - 1 <= first_query
+        row = _lists_of_entries(counts, col)
+        full = _needs_no_mask(row % -(-m // block_m), col, m, n, block_m, block_n)
         n_full = torch.zeros(counts.numel(), dtype=torch.int32, device=col.device)
         n_full.index_add_(0, row, full.to(torch.int32))
-        order = torch.argsort(counts, descending=True, stable=True).to(torch.int32)
+        order = _longest_first(counts, batch * heads)
         return cls(row_ptr, col, n_full, order, batch, heads, m, n, block_m, block_n)
+
+    @classmethod
+    def from_diagonals(cls, slash: Tensor, *, n: int, block: int) -> SparsePlan:
+        """Row r reads block r - offset for each offset in slash [B, H, S] (< 0: absent; repeats count once), M = N.
+
+        O(listed blocks) time and memory.
+        """
+        rows = -(-n // block)
+        lists = slash.flatten(0, 1).long()
+        absent = torch.where((lists < 0) | (lists >= rows), rows, lists).sort(-1).values
+        repeated = torch.nn.functional.pad(absent[:, 1:] == absent[:, :-1], (1, 0))
+        offsets = absent.masked_fill(repeated, rows).sort(-1).values
+        row = torch.arange(rows, device=slash.device).expand(offsets.shape[0], -1).contiguous()
+        counts = torch.searchsorted(offsets, row, right=True).flatten()
+        row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=slash.device)
+        row_ptr[1:] = counts.cumsum(0)
+        nnz = int(row_ptr[-1])
+        of = torch.repeat_interleave(torch.arange(counts.numel(), device=slash.device), counts, output_size=nnz)
+        # Ascending blocks are descending offsets: the last entry of a row is its smallest offset.
+        back = row_ptr[of + 1] - 1 - torch.arange(nnz, device=slash.device)
+        col = (of % rows - offsets[of // rows, back]).to(torch.int32)
+        return cls.from_csr(
+            row_ptr, col, batch=slash.shape[0], heads=slash.shape[1], m=n, n=n, block_m=block, block_n=block
+        )
 
     def with_columns(self, columns: Tensor) -> SparsePlan:
         return replace(self, columns=columns.to(torch.int32))
@@ -52,11 +95,34 @@ class SparsePlan:
     def nnz(self) -> int:
         return self.col.numel()
 
+    @property
+    def row_blocks(self) -> int:
+        """Rows of one head."""
+        return -(-self.m // self.block_m)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.n // self.block_n)
+
+    @cached_property
+    def by_keys(self) -> ByKeys:
+        """The transposed lists; columns are not in them."""
+        row = _lists_of_entries(self.row_ptr.diff(), self.col)
+        lists = self.batch * self.heads * self.key_blocks
+        entry = row // self.row_blocks * self.key_blocks + self.col
+        # Entries are ordered by row, so a stable sort leaves each list's rows ascending.
+        listed = entry.sort(stable=True)
+        ptr = torch.searchsorted(listed.values, torch.arange(lists + 1, device=entry.device))
+        own = (row % self.row_blocks)[listed.indices]
+        masked = ~_needs_no_mask(own, self.col[listed.indices], self.m, self.n, self.block_m, self.block_n)
+        n_masked = torch.zeros(lists, dtype=torch.int32, device=entry.device)
+        n_masked.index_add_(0, listed.values, masked.to(torch.int32))
+        return ByKeys(ptr, own.to(torch.int32), n_masked, _longest_first(ptr.diff(), self.batch * self.heads))
+
     def stats(self) -> dict[str, float]:
         """Blocks, share of all causal blocks, the longest row over the mean row, bytes."""
         counts = self.row_ptr.diff()
-        rows_per_head = -(-self.m // self.block_m)
-        last = torch.arange(1, rows_per_head + 1) * self.block_m + (self.n - self.m)
+        last = torch.arange(1, self.row_blocks + 1) * self.block_m + (self.n - self.m)
         causal = (-(-torch.clamp(last, max=self.n) // self.block_n)).sum().item() * self.batch * self.heads
         mean = counts.float().mean().item()
         tensors = (self.row_ptr, self.col, self.n_full, self.order)
@@ -83,3 +149,34 @@ def csr_from_mask(mask: Tensor, *, m: int, n: int, block_m: int, block_n: int) -
         block_m=block_m,
         block_n=block_n,
     )
+
+
+def made_once(owner: object, what: object, make: Callable[[], T], *sources: Tensor) -> T:
+    """make(), kept with its owner under the name `what`, and made anew once a source tensor was written to.
+
+    A frozen dataclass made by `replace` starts with nothing kept.
+    """
+    kept = vars(owner).setdefault("_made", {})
+    versions = tuple(0 if each.is_inference() else each._version for each in sources)
+    if what not in kept or kept[what][0] != versions:
+        kept[what] = (versions, make())
+    made: T = kept[what][1]
+    return made
+
+
+def _lists_of_entries(counts: Tensor, entries: Tensor) -> Tensor:
+    """Which list each entry belongs to, int64 [nnz]; no host sync."""
+    lists = torch.arange(counts.numel(), device=entries.device)
+    return torch.repeat_interleave(lists, counts, output_size=entries.numel())
+
+
+def _needs_no_mask(row: Tensor, col: Tensor, m: int, n: int, block_m: int, block_n: int) -> Tensor:
+    """Whether the first query of a row sees the whole key block."""
+    return (col.long() + 1) * block_n - 1 <= row * block_m + (n - m)
+
+
+def _longest_first(counts: Tensor, heads: int) -> Tensor:
+    """Head after head, longest lists first within a head, int32."""
+    order = counts.view(heads, -1).argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(heads, device=counts.device)[:, None] * order.shape[1]
+    return (order + first).flatten().to(torch.int32)

@@ -1,7 +1,4 @@
-"""Budgets: how many keys a head may keep, and which slots a score then keeps.
-
-Counts are tokens per KV head. Ties go to the lower slot, so results are reproducible on every device.
-"""
+"""Budgets: how many keys a head may keep. Counts are tokens per KV head."""
 
 from __future__ import annotations
 
@@ -31,43 +28,6 @@ class Budgeted(Method):
             kept = (tokens.double() * (1.0 - self.ratio)).long()
             return torch.where(tokens > 0, kept.clamp_min(1), 0)
         return max(1, int(tokens * (1.0 - self.ratio)))
-
-
-def top_mask(scores: Tensor, count: int | Tensor) -> Tensor:
-    """Bool like scores [..., N]: the `count` highest of each row; ties go to the lower index.
-
-    count: an int, or a tensor that broadcasts to scores[..., 0]. Entries of -inf are never taken. O(N log k).
-    """
-    N = scores.shape[-1]
-    if isinstance(count, int):
-        if count >= N:
-            return scores > -torch.inf
-        if count <= 0:
-            return torch.zeros_like(scores, dtype=torch.bool)
-        threshold = scores.topk(count, dim=-1).values[..., -1:]
-        wanted: int | Tensor = count
-    else:
-        wanted = count.to(scores.device).expand(scores.shape[:-1])[..., None]
-        ordered = scores.sort(dim=-1, descending=True).values
-        threshold = ordered.gather(-1, (wanted - 1).clamp(0, N - 1))
-        threshold = torch.where(wanted > 0, threshold, torch.inf)
-    above = scores > threshold
-    level = scores == threshold
-    room = wanted - above.sum(-1, keepdim=True)
-    mask = above | (level & (level.cumsum(-1) <= room))
-    return mask & (scores > -torch.inf)
-
-
-def slots_of(mask: Tensor) -> Tensor:
-    """Ascending slots of the True entries of mask [B, H, N]: int64 [B, H, n], -1 beyond a row's own count."""
-    counts = mask.sum(-1)
-    most = int(counts.max())
-    if bool((counts == most).all()):
-        return mask.nonzero()[:, -1].view(*mask.shape[:-1], most)
-    index = torch.full((*mask.shape[:-1], most), -1, dtype=torch.int64, device=mask.device)
-    filled = torch.arange(most, device=mask.device) < counts[..., None]
-    index[filled] = mask.nonzero()[:, -1]
-    return index
 
 
 def pyramid_budget(layer: int, layers: int, capacity: int, window: int, beta: int, prompt: int) -> int:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.attention.scoring import top_slots
 from foveate.attention.statistics import attention_rows, by_group
-from foveate.methods.budgets import Budgeted, slots_of, top_mask
+from foveate.methods.budgets import Budgeted
 from foveate.methods.cache import Change, Keep
 from foveate.methods.step import Step
 from foveate.options import option
@@ -53,7 +54,7 @@ class PromptKeep(Budgeted):
         scores = hide_padding(self.score(step), step)
         if isinstance(count, Tensor):
             count = count[:, None]
-        return Keep(slots_of(top_mask(scores, count)))
+        return Keep(top_slots(scores, count))
 
     @staticmethod
     def _keeps_all(count: int | Tensor, tokens: int | Tensor) -> bool:

@@ -50,18 +50,26 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     """o [B, Hq, 1, Dv] in q's dtype, lse [B, Hq, 1] float32."""
     B, Hq, M, D = call.q.shape
     H, N, Dv = call.k.shape[1], call.n, call.v.shape[-1]
-    q = (call.q.reshape(B * H, call.group * M, D).float() * call.scale).contiguous()
+    q = call.q.reshape(B * H, call.group * M, D).contiguous()
     lists = lengths = None
     if isinstance(call.plan, Tokens):
         plan = call.plan
-        index = plan.index
-        if plan.length is not None or N < 2**31:
-            index = torch.where(plan.valid(N), index, -1)
+        index = plan.index if plan.length is None else torch.where(plan.valid(N), plan.index, -1)
         lists = index.to(torch.int64).expand(B, H, -1).contiguous().view(B * H, -1)
         lengths = [lists.shape[1]] * (B * H)
     starts = [[b * x.stride(0) + h * x.stride(1) for b in range(B) for h in range(H)] for x in (call.k, call.v)]
     o, lse = decode(
-        q, call.k, call.v, starts[0], starts[1], call.k.stride(2), call.v.stride(2), lists, lengths or [N] * (B * H)
+        q,
+        call.k,
+        call.v,
+        starts[0],
+        starts[1],
+        call.k.stride(2),
+        call.v.stride(2),
+        lists,
+        lengths or [N] * (B * H),
+        call.scale,
+        limit=N,
     )
     o, lse = o.view(B, Hq, M, Dv), lse.view(B, Hq, M)
     if call.sink is not None:
@@ -79,10 +87,13 @@ def decode(
     v_row: int,
     lists: Tensor | None,
     lengths: list[int],
+    scale: float,
+    *,
+    limit: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """q [S, R, D] float32, scaled; segment s of k starts k_start[s] elements in, its rows k_row apart.
+    """q [S, R, D] in the dtype of k; segment s of k starts k_start[s] elements in, its rows k_row apart.
 
-    lists: int64 [S, K] slots within a segment (< 0 absent), or None for the first lengths[s] slots.
+    lists: int64 [S, K] slots within a segment (absent: < 0 or >= limit), or None for the first lengths[s] slots.
     Returns float32 [S, R, Dv] and lse [S, R].
     """
     S, R, D = q.shape
@@ -93,6 +104,7 @@ def decode(
     library().foveate_decode(
         KINDS[k.dtype],
         ctypes.c_void_p(q.data_ptr()),
+        ctypes.c_float(scale),
         ctypes.c_void_p(k.data_ptr()),
         ctypes.c_void_p(v.data_ptr()),
         longs(*k_start),
@@ -102,6 +114,7 @@ def decode(
         ctypes.c_void_p(None if lists is None else lists.data_ptr()),
         longs(*lengths),
         ctypes.c_int64(0 if lists is None else lists.stride(0)),
+        ctypes.c_int64(limit),
         S,
         R,
         D,

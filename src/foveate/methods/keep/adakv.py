@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.attention.scoring import top_mask
 from foveate.errors import OptionError
-from foveate.methods.budgets import top_mask
 from foveate.methods.cache import Change, KeepRagged
 from foveate.methods.keep.expected_attention import ExpectedAttention
 from foveate.methods.keep.pyramidkv import PyramidKV, falling_budget

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.attention.scoring import slots_of, top_mask
 from foveate.attention.statistics import attention_rows
 from foveate.errors import OptionError
-from foveate.methods.budgets import slots_of, top_mask
 from foveate.methods.cache import Change, Keep
 from foveate.methods.calibrated import Calibrated, check_table, table_profile
 from foveate.methods.profile import ModelIdentity, Profile

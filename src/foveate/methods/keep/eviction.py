@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.methods.budgets import slots_of, top_mask
+from foveate.attention.scoring import slots_of, top_mask
 from foveate.methods.cache import Change, Drop, Keep
 from foveate.methods.prompt import PromptKeep, hide_padding
 from foveate.methods.step import Step

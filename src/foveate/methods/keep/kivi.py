@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import Positions, apply_sink, attend, merge
+from foveate.attention.scoring import slots_of
 from foveate.errors import ShapeError
 from foveate.methods.base import Method
-from foveate.methods.budgets import slots_of
 from foveate.methods.cache import Change, Keep
 from foveate.methods.step import Phase, Reading, Step
 from foveate.methods.storage import slack

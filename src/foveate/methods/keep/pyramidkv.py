@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.methods.budgets import pyramid_budget, slots_of, top_mask
+from foveate.attention.scoring import top_slots
+from foveate.methods.budgets import pyramid_budget
 from foveate.methods.cache import Change, Keep
 from foveate.methods.prompt import WindowVotes, hide_padding
 from foveate.methods.step import Step
@@ -82,7 +83,7 @@ class PyramidKV(WindowVotes):
             counts = self.layer_count(step.layer, step.layers, tokens)
         if self._keeps_all(counts, step.cache.stored):
             return None
-        return Keep(slots_of(top_mask(hide_padding(self.score(step), step), counts)))
+        return Keep(top_slots(hide_padding(self.score(step), step), counts))
 
 
 def real_budget(layer: int, layers: int, mean: float, window: int, beta: int, prompt: int) -> int:

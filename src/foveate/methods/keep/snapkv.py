@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.methods.budgets import top_mask
+from foveate.attention.scoring import top_mask
 from foveate.methods.cache import Change, KeepRagged
 from foveate.methods.prompt import WindowVotes, pool_votes, window_weights
 from foveate.methods.step import Step

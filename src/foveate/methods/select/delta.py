@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention.plan import Dense, Plan, Tokens
+from foveate.attention.scoring import slots_of, top_mask
 from foveate.errors import OptionError
 from foveate.methods.base import Method
-from foveate.methods.budgets import slots_of, top_mask
 from foveate.methods.select.scores import last_weights
 from foveate.methods.step import Phase, Step
 from foveate.options import option

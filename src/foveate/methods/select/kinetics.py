@@ -45,12 +45,12 @@ from torch import Tensor
 from foveate import options
 from foveate.attention import attend
 from foveate.attention.plan import Dense, Plan, Tokens
+from foveate.attention.scoring import query_scores, slots_of, top_mask
 from foveate.attention.statistics import by_group
 from foveate.errors import OptionError
 from foveate.methods.base import Method
-from foveate.methods.budgets import slots_of, top_mask
 from foveate.methods.select.pages import Pages, best_pages, spread
-from foveate.methods.select.scores import last_weights, query_scores
+from foveate.methods.select.scores import last_weights
 from foveate.methods.step import Phase, Step
 from foveate.options import option
 from foveate.registry import register

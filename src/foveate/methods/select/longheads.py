@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import Positions, Tokens, apply_sink, attend, merge
+from foveate.attention.scoring import slots_of, top_mask
 from foveate.attention.statistics import by_group
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
-from foveate.methods.budgets import slots_of, top_mask
 from foveate.methods.step import Phase, Reading, RopeLike, Step
 from foveate.options import option
 from foveate.registry import register

@@ -38,9 +38,9 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Positions, Tokens, apply_sink, attend, merge
+from foveate.attention.scoring import slots_of
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
-from foveate.methods.budgets import slots_of
 from foveate.methods.cache import Change
 from foveate.methods.step import Phase, Reading, Step
 from foveate.options import option

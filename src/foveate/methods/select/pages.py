@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention.backends.torch_dense import gather_rows
-from foveate.methods.budgets import slots_of, top_mask
+from foveate.attention.scoring import query_scores, top_slots
 from foveate.methods.cache import LayerCache
-from foveate.methods.select.scores import query_scores
 from foveate.methods.storage import slack
 
 
@@ -207,4 +206,4 @@ def spread(x: Tensor, heads: int) -> Tensor:
 
 def best_pages(scores: Tensor, count: int | Tensor) -> Tensor:
     """The `count` best pages of scores [B, H, pages], ascending: int64 [B, H, n], -1 absent; ties go to the earlier."""
-    return slots_of(top_mask(scores, count))
+    return top_slots(scores, count)

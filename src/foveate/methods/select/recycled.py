@@ -36,9 +36,10 @@ from torch import Tensor
 
 from foveate.attention.plan import Blocks, Dense, Plan, Tokens
 from foveate.attention.positions import Positions
+from foveate.attention.scoring import top_mask, top_slots
 from foveate.attention.statistics import attention_rows, by_group
 from foveate.errors import OptionError
-from foveate.methods.budgets import Budgeted, slots_of, top_mask
+from foveate.methods.budgets import Budgeted
 from foveate.methods.cache import Change
 from foveate.methods.prompt import hide_padding, pool_votes, window_weights
 from foveate.methods.select.reuse import EveryStride, Reuse, WhenDissimilar
@@ -202,7 +203,7 @@ class Recycled(Budgeted):
         count = self.count(step.real_tokens())
         if isinstance(count, Tensor):
             count = count[:, None]
-        index = slots_of(top_mask(scores, count))
+        index = top_slots(scores, count)
         if not self.strict:
             return index
         best = torch.where(index >= 0, scores.gather(2, index.clamp_min(0)), -torch.inf)

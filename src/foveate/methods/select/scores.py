@@ -1,30 +1,12 @@
-"""Scores of one query per head against many keys: what every selection starts from."""
+"""Weights of the last query over all stored keys: what several selections start from."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from foveate.attention.scoring import query_scores
 from foveate.methods.step import Step
-
-
-def query_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Unscaled q . k of q [B, Hq, D] with k [B, Hkv, N, D]: [B, Hq, N] float32 (float64 for float64).
-
-    On CPU one product per KV head: batched products of so few rows are 10 times slower in bfloat16 (11.3 against
-    1.2 ms at Hq 9, Hkv 3, N 32k, D 64; one core of a shared Zen 4, torch 2.13).
-    """
-    B, Hq, D = q.shape
-    H, N = k.shape[1], k.shape[2]
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows = q.reshape(B, H, Hq // H, D)
-    if q.device.type != "cpu":
-        return (rows @ k.transpose(-1, -2)).to(exact).view(B, Hq, N)
-    scores = torch.empty(B, H, Hq // H, N, dtype=exact)
-    for b in range(B):
-        for h in range(H):
-            scores[b, h] = torch.nn.functional.linear(rows[b, h], k[b, h])
-    return scores.view(B, Hq, N)
 
 
 def last_weights(step: Step) -> Tensor:

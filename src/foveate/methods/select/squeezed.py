@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention.plan import Dense, Plan, Tokens
+from foveate.attention.scoring import slots_of
 from foveate.attention.statistics import by_group
 from foveate.methods.base import Method
-from foveate.methods.budgets import slots_of
 from foveate.methods.cache import Change
 from foveate.methods.prompt import Tail
 from foveate.methods.select.clusters import centres_of, kmeans

@@ -37,11 +37,10 @@ from torch import Tensor
 
 from foveate.attention import attend, merge
 from foveate.attention.backends.torch_dense import gather_rows
+from foveate.attention.scoring import query_scores, top_slots
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
-from foveate.methods.budgets import slots_of, top_mask
 from foveate.methods.select.reuse import WhenDissimilar
-from foveate.methods.select.scores import query_scores
 from foveate.methods.step import Phase, Reading, RopeLike, Step
 from foveate.options import option
 from foveate.registry import register
@@ -262,7 +261,7 @@ class TokenSelect(Method):
         votes = query_scores(query, middle).mul_(self.scale).softmax(-1).sum(1, keepdim=True)
         if self.kernel > 1:
             votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return slots_of(top_mask(votes, self.budget))[:, 0] + self.sinks
+        return top_slots(votes, self.budget)[:, 0] + self.sinks
 
     def select(self, q: Tensor, k: Tensor, rope: RopeLike) -> Tensor:
         """What the last M of N tokens read: unrotated q [B, Hq, M, D], k [B, Hkv, N, D] -> int64 [B, n] ascending."""

@@ -1,4 +1,4 @@
-"""Compile the CPU kernel on first use: a plain shared library, no torch headers, about three seconds, then cached."""
+"""Compile the CPU kernels on first use: a plain shared library, no torch headers, a few seconds, then cached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("decode.cpp", "select.cpp", "dots.h"))
 # Not -ffast-math: its start-up code switches denormals off for the whole process.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
@@ -37,9 +37,10 @@ def _cpu() -> str:
 
 
 def _target() -> Path:
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + _cpu().encode()).hexdigest()[:16]
+    made_of = [each.read_bytes() for each in SOURCES] + [" ".join(FLAGS).encode(), _cpu().encode()]
+    key = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
     root = Path(os.environ.get("FOVEATE_CACHE", Path.home() / ".cache" / "foveate"))
-    return root / "kernels" / f"decode-{key}.so"
+    return root / "kernels" / f"cpu-{key}.so"
 
 
 @functools.cache
@@ -63,7 +64,12 @@ def _compile(target: Path) -> None:
     handle, made = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
-        subprocess.run([program, *FLAGS, str(SOURCE), "-o", made], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [program, *FLAGS, *(str(each) for each in SOURCES if each.suffix == ".cpp"), "-o", made],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         os.replace(made, target)
     finally:
         Path(made).unlink(missing_ok=True)

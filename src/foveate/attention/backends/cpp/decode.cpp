@@ -8,25 +8,14 @@
 #include <cstring>
 #include <limits>
 #include <vector>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+
+#include "dots.h"
 
 namespace {
 
 constexpr int BLOCK = 64;      // keys whose scores are held at once
 constexpr int AHEAD = 8;       // keys fetched ahead of use
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-
-using bf16 = uint16_t;
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-    uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
 
 template <typename T>
 inline void prefetch(const T* row, int width) {
@@ -53,26 +42,6 @@ inline __m512 exp512(__m512 x) {
 }
 #endif
 
-// scores[r] += q[r] . k for R rows
-template <typename T, int R>
-inline void dots(const float* q, const T* k, int D, float* out) {
-#if defined(__AVX512F__)
-    __m512 acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
-    for (int d = 0; d < D; d += 16) {
-        __m512 kv = load(k + d);
-        for (int r = 0; r < R; ++r) acc[r] = _mm512_fmadd_ps(_mm512_loadu_ps(q + r * D + d), kv, acc[r]);
-    }
-    for (int r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(acc[r]);
-#else
-    for (int r = 0; r < R; ++r) {
-        float sum = 0;
-        for (int d = 0; d < D; ++d) sum += q[r * D + d] * widen(k[d]);
-        out[r] = sum;
-    }
-#endif
-}
-
 template <typename T, int R>
 inline void accumulate(const float* p, const T* v, int D, float* acc, int begin, int end) {
 #if defined(__AVX512F__)
@@ -90,27 +59,45 @@ inline void accumulate(const float* p, const T* v, int D, float* acc, int begin,
 }
 
 #if defined(__AVX512F__)
+// Four registers of 64 columns of one value row. Storage of 16 bits is widened without shuffles: the even columns of
+// 32 by a shift, the odd ones by a mask, so its sums lie in the order that `place` gives.
+inline void columns(const float* v, __m512* x) {
+    for (int c = 0; c < 4; ++c) x[c] = _mm512_loadu_ps(v + 16 * c);
+}
+inline void columns(const bf16* v, __m512* x) {
+    for (int c = 0; c < 2; ++c) {
+        __m512i pair = _mm512_loadu_si512(v + 32 * c);
+        x[2 * c] = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+        x[2 * c + 1] = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    }
+}
+
 // 64 columns of a block's values at once: the sums stay in registers over all keys of the block.
 template <typename T, int R>
 inline void accumulate_block(const float* p, const T* const* rows, int count, int D, float* acc, int d) {
-    __m512 a[R][4];
+    __m512 a[R][4], x[4];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) a[r][c] = _mm512_loadu_ps(acc + r * D + d + 16 * c);
     for (int j = 0; j < count; ++j) {
-        const T* v = rows[j] + d;
-        __m512 x0 = load(v), x1 = load(v + 16), x2 = load(v + 32), x3 = load(v + 48);
+        columns(rows[j] + d, x);
         for (int r = 0; r < R; ++r) {
             __m512 w = _mm512_set1_ps(p[r * BLOCK + j]);
-            a[r][0] = _mm512_fmadd_ps(w, x0, a[r][0]);
-            a[r][1] = _mm512_fmadd_ps(w, x1, a[r][1]);
-            a[r][2] = _mm512_fmadd_ps(w, x2, a[r][2]);
-            a[r][3] = _mm512_fmadd_ps(w, x3, a[r][3]);
+            for (int c = 0; c < 4; ++c) a[r][c] = _mm512_fmadd_ps(w, x[c], a[r][c]);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) _mm512_storeu_ps(acc + r * D + d + 16 * c, a[r][c]);
 }
 #endif
+
+// Where the sum of column d lies.
+template <typename T>
+inline int place(int d, int D) {
+#if defined(__AVX512F__)
+    if (sizeof(T) == 2 && d < D / 64 * 64) return (d & ~31) + ((d & 31) >> 1) + (d & 1) * 16;
+#endif
+    return d;
+}
 
 inline float weigh(float* s, int count, float top) {
     float sum = 0;
@@ -133,9 +120,9 @@ inline float weigh(float* s, int count, float top) {
 
 // One stretch [first, last) of a list (or of all keys) for R rows: acc [R, Dv], top [R], sum [R].
 template <typename T, int R>
-void stretch(const float* q, const T* k, const T* v, int64_t k_row, int64_t v_row, const int64_t* list, int64_t first,
-             int64_t last, int D, int Dv, float* acc, float* top, float* sum) {
-    float scores[R * BLOCK], one[R];
+void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int64_t v_row, const int64_t* list,
+             int64_t limit, int64_t first, int64_t last, int D, int Dv, float* acc, float* top, float* sum) {
+    float scores[R * BLOCK];
     const T* values[BLOCK];
     std::fill(acc, acc + R * Dv, 0.0f);
     std::fill(top, top + R, NOTHING);
@@ -144,18 +131,18 @@ void stretch(const float* q, const T* k, const T* v, int64_t k_row, int64_t v_ro
         int count = 0;
         for (; begin < last && count < BLOCK; ++begin) {
             int64_t slot = list ? list[begin] : begin;
-            if (slot < 0) continue;  // absent
-            if (list && begin + AHEAD < last && list[begin + AHEAD] >= 0) {
+            if (list && (slot < 0 || slot >= limit)) continue;  // absent
+            if (list && begin + AHEAD < last && list[begin + AHEAD] >= 0 && list[begin + AHEAD] < limit) {
                 prefetch(k + list[begin + AHEAD] * k_row, D);
                 prefetch(v + list[begin + AHEAD] * v_row, Dv);
             }
-            dots<T, R>(q, k + slot * k_row, D, one);
-            for (int r = 0; r < R; ++r) scores[r * BLOCK + count] = one[r];
+            dots<R>(q, k + slot * k_row, D, scores + count, BLOCK);
             values[count++] = v + slot * v_row;
         }
         if (!count) continue;
         for (int r = 0; r < R; ++r) {
             float* s = scores + r * BLOCK;
+            for (int j = 0; j < count; ++j) s[j] *= scale;
             float high = std::max(top[r], *std::max_element(s, s + count));
             float fade = top[r] == NOTHING ? 0.0f : std::exp(top[r] - high);
             if (fade != 1.0f)
@@ -173,8 +160,8 @@ void stretch(const float* q, const T* k, const T* v, int64_t k_row, int64_t v_ro
 }
 
 template <typename T>
-using Stretch = void (*)(const float*, const T*, const T*, int64_t, int64_t, const int64_t*, int64_t, int64_t, int, int,
-                         float*, float*, float*);
+using Stretch = void (*)(const T*, float, const T*, const T*, int64_t, int64_t, const int64_t*, int64_t, int64_t,
+                         int64_t, int, int, float*, float*, float*);
 
 template <typename T>
 Stretch<T> pick(int rows) {
@@ -191,9 +178,9 @@ Stretch<T> pick(int rows) {
 }
 
 template <typename T>
-void run(const float* q, const T* k, const T* v, const int64_t* k_start, const int64_t* v_start, int64_t k_row,
-         int64_t v_row, const int64_t* list, const int64_t* length, int64_t list_row, int heads, int rows, int D, int Dv,
-         int threads, float* out, float* lse) {
+void run(const T* q, float scale, const T* k, const T* v, const int64_t* k_start, const int64_t* v_start, int64_t k_row,
+         int64_t v_row, const int64_t* list, const int64_t* length, int64_t list_row, int64_t limit, int heads,
+         int rows, int D, int Dv, int threads, float* out, float* lse) {
     // Enough stretches that all threads have work, each long enough to pay for its merge.
     int64_t longest = *std::max_element(length, length + heads);
     int wanted = (threads * 2 + heads - 1) / heads;
@@ -208,8 +195,9 @@ void run(const float* q, const T* k, const T* v, const int64_t* k_start, const i
             for (int piece = 0; piece < pieces; ++piece) {
                 int r = piece * 8, n = std::min(8, rows - r);
                 size_t at = (static_cast<size_t>(h) * splits + s) * rows + r;
-                pick<T>(n)(q + (static_cast<size_t>(h) * rows + r) * D, k + k_start[h], v + v_start[h], k_row, v_row,
-                           list ? list + h * list_row : nullptr, first, last, D, Dv, &acc[at * Dv], &top[at], &sum[at]);
+                pick<T>(n)(q + (static_cast<size_t>(h) * rows + r) * D, scale, k + k_start[h], v + v_start[h], k_row, v_row,
+                           list ? list + h * list_row : nullptr, limit, first, last, D, Dv, &acc[at * Dv],
+                           &top[at], &sum[at]);
             }
         }
     for (int h = 0; h < heads; ++h)
@@ -223,7 +211,7 @@ void run(const float* q, const T* k, const T* v, const int64_t* k_start, const i
                 if (top[at] == NOTHING) continue;
                 float share = std::exp(top[at] - high);
                 total += share * sum[at];
-                for (int d = 0; d < Dv; ++d) o[d] += share * acc[at * Dv + d];
+                for (int d = 0; d < Dv; ++d) o[d] += share * acc[at * Dv + place<T>(d, Dv)];
             }
             for (int d = 0; d < Dv && total > 0; ++d) o[d] /= total;
             lse[h * rows + r] = total > 0 ? high + std::log(total) : NOTHING;
@@ -234,17 +222,19 @@ void run(const float* q, const T* k, const T* v, const int64_t* k_start, const i
 
 extern "C" {
 
-// q [heads, rows, D] float32, already scaled; k, v: first elements of storage, head h starting at k_start[h], rows
-// k_row elements apart; list [heads, list_row] key slots (< 0: absent) or null for slots 0..length[h]; length [heads].
+// q [heads, rows, D] of the keys' kind, its products multiplied by scale; k, v: first elements of storage, head h starting at k_start[h], rows
+// k_row elements apart; list [heads, list_row] key slots (absent: < 0 or >= limit) or null for slots 0..length[h];
+// length [heads].
 // out [heads, rows, Dv], lse [heads, rows] float32. kind: 0 float32, 1 bfloat16. D and Dv multiples of 16.
-void foveate_decode(int kind, const float* q, const void* k, const void* v, const int64_t* k_start,
+void foveate_decode(int kind, const void* q, float scale, const void* k, const void* v, const int64_t* k_start,
                     const int64_t* v_start, int64_t k_row, int64_t v_row, const int64_t* list, const int64_t* length,
-                    int64_t list_row, int heads, int rows, int D, int Dv, int threads, float* out, float* lse) {
+                    int64_t list_row, int64_t limit, int heads, int rows, int D, int Dv, int threads, float* out,
+                    float* lse) {
     if (kind == 0)
-        run(q, static_cast<const float*>(k), static_cast<const float*>(v), k_start, v_start, k_row, v_row, list, length,
-            list_row, heads, rows, D, Dv, threads, out, lse);
+        run(static_cast<const float*>(q), scale, static_cast<const float*>(k), static_cast<const float*>(v), k_start, v_start, k_row, v_row, list, length,
+            list_row, limit, heads, rows, D, Dv, threads, out, lse);
     else
-        run(q, static_cast<const bf16*>(k), static_cast<const bf16*>(v), k_start, v_start, k_row, v_row, list, length,
-            list_row, heads, rows, D, Dv, threads, out, lse);
+        run(static_cast<const bf16*>(q), scale, static_cast<const bf16*>(k), static_cast<const bf16*>(v), k_start, v_start, k_row, v_row, list, length,
+            list_row, limit, heads, rows, D, Dv, threads, out, lse);
 }
 }

@@ -3,24 +3,24 @@
     o[i] = sum_j p[i, j] v[j],  p = softmax over the listed, visible j of scale * q[i] . k[j]
 
 A row of the plan is one program (or several, where the plan's query block is larger than the tile). Its list has the
-blocks that need no mask first: one loop reads those, a second one the few that do, a third one gathers the columns
-that no listed block covers; all feed the same softmax. Rows run one head after another and the longest of a head
-first, so that the keys in use fit in the L2 cache: random blocks of all heads at once would come from memory.
+blocks that need no mask first: one loop reads those, a second one the few that do; a third one reads the columns that
+every query sees, out of a packed stripe (stripes.py), a fourth one the few beside the diagonal; all feed the same
+softmax. Rows run one head after another and the longest of a head first, so that the keys in use fit in the L2 cache:
+random blocks of all heads at once would come from memory.
 Positions are aligned: the M queries are the last of the N keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from foveate.attention.backends.triton import configs, runtime
+from foveate.attention.backends.triton.kv_compact import kv_compact
+from foveate.attention.backends.triton.stripes import stripes
 from foveate.attention.sparse_plan import SparsePlan
 from foveate.errors import PlanError, ShapeError
 
@@ -40,10 +40,14 @@ def _products(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def _fold(
-    scores, v, top, mass, acc, scale,
+    scores, v, see, top, mass, acc, scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile into the running softmax. The scale meets the maximum and the exponent, never all scores alone."""
+    """One tile into the running softmax. The scale meets the maximum and the exponent, never all scores alone.
+
+    see: keys [N] that count, None for all. Those that do not are read elsewhere by every query of the tile, so that the
+    maximum may include them.
+    """
     if SOFTCAP:
         scale = 1.0
     new = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -51,6 +55,8 @@ def _fold(
     if MASKED:
         safe = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(scores * scale - safe[:, None])
+    if see is not None:
+        p = tl.where(see[None, :], p, 0.0)
     keep = tl.exp2(top - safe)
     mass = mass * keep + tl.sum(p, 1)
     acc = acc * keep[:, None]
@@ -70,19 +76,16 @@ def _first_key(COL, j, count, PLAN_N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _uncovered(COLUMN, COVERED, at, cut, PLAN_N: tl.constexpr):
-    """Key slots of the columns `at`; -1 past the cut and where a listed block has the key already."""
-    slot = tl.load(COLUMN + at, mask=at < cut, other=-1)
-    block = tl.where(slot < 0, 0, slot // PLAN_N)
-    word = tl.load(COVERED + block // 32, mask=slot >= 0, other=0)
-    return tl.where((word >> (block % 32)) & 1 != 0, -1, slot)
+def _bits(BITS, at, cut):
+    """Whether the columns `at` of a stripe are to be read, as 0 or 1."""
+    return (tl.load(BITS + at // 32, mask=at < cut, other=0) >> (at % 32)) & 1
 
 
 @triton.jit
 def _row_tile(
-    tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+    tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    rows, row_blocks, m, n, columns, words, scale, softcap,
+    rows, row_blocks, m, n, width, scale, softcap,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -141,7 +144,7 @@ def _row_tile(
             k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
             v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
         scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
-        top, mass, acc = _fold(scores, v, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
+        top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
         start = _first_key(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
 
     # Smaller tiles where there are masks, so that they do not decide how many registers the kernel needs.
@@ -160,19 +163,38 @@ def _row_tile(
         if CAUSAL:
             see = see & (slot[None, :] <= q_pos[:, None])
         scores = tl.where(see, scores, float("-inf"))
-        top, mass, acc = _fold(scores, v, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
+        top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
         start = _first_key(COL, j + 1, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
 
-    if COLUMN is not None:
+    if KS is not None:
+        # Stripes belong to query heads where the plan does, else to KV heads.
+        STRIPES: tl.constexpr = HQ if HEADS == HQ else HKV
+        stripe = (b * STRIPES + (h if HEADS == HQ else hkv)) * width
+        KS += stripe * D
+        VS += stripe * DV
+        COLUMN += head_row.to(tl.int64) * width
+        BITS += row.to(tl.int64) * (width // 32)
         cut = tl.load(CUT + row)
-        COLUMN += head_row.to(tl.int64) * columns
-        COVERED += row.to(tl.int64) * words
-        at = tl.arange(0, BLOCK_E)
-        slot = _uncovered(COLUMN, COVERED, at, cut, PLAN_N)
-        for _ in range(0, cut, BLOCK_E):
-            there = slot >= 0
-            k_row = k_at + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
-            v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
+        whole = tl.load(FREE + row) // BLOCK_N * BLOCK_N
+        at = tl.arange(0, BLOCK_N)
+        bits = _bits(BITS, at, whole)
+        for _ in range(0, whole, BLOCK_N):
+            k_row = KS + at[:, None] * D + d[None, :]
+            v_row = VS + at[:, None] * DV + dv[None, :]
+            k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
+            v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
+            scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+            top, mass, acc = _fold(scores, v, bits != 0, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
+            at += BLOCK_N
+            bits = _bits(BITS, at, whole)
+
+        at = whole + tl.arange(0, BLOCK_E)
+        slot = tl.load(COLUMN + at, mask=at < cut, other=0)
+        bits = _bits(BITS, at, cut)
+        for _ in range(whole, cut, BLOCK_E):
+            there = bits != 0
+            k_row = KS + at[:, None] * D + d[None, :]
+            v_row = VS + at[:, None] * DV + dv[None, :]
             k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
             v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
             scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
@@ -180,9 +202,10 @@ def _row_tile(
             if CAUSAL:
                 see = see & (slot[None, :] <= q_pos[:, None])
             scores = tl.where(see, scores, float("-inf"))
-            top, mass, acc = _fold(scores, v, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
+            top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
             at += BLOCK_E
-            slot = _uncovered(COLUMN, COVERED, at, cut, PLAN_N)
+            slot = tl.load(COLUMN + at, mask=at < cut, other=0)
+            bits = _bits(BITS, at, cut)
 
     some = mass > 0
     acc = acc / tl.where(some, mass, 1.0)[:, None]
@@ -197,11 +220,11 @@ def _row_tile(
         tl.store(LSE + out_row, lse, mask=live)
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "row_blocks", "m", "n", "columns", "words", "scale", "softcap"])
+@triton.jit(do_not_specialize=["tiles", "rows", "row_blocks", "m", "n", "width", "scale", "softcap"])
 def block_flash_kernel(
-    Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+    Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    tiles, rows, row_blocks, m, n, columns, words, scale, softcap,
+    tiles, rows, row_blocks, m, n, width, scale, softcap,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -211,55 +234,20 @@ def block_flash_kernel(
     if PERSISTENT:
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             _row_tile(
-                tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+                tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
                 stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-                rows, row_blocks, m, n, columns, words, scale, softcap,
+                rows, row_blocks, m, n, width, scale, softcap,
                 HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_E, CAUSAL, SOFTCAP,
                 PRECISION, UPCAST,
             )  # fmt: skip
     else:
         _row_tile(
-            tl.program_id(0), Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, COLUMN, CUT, COVERED, SINK, OUT, LSE,
+            tl.program_id(0), Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-            rows, row_blocks, m, n, columns, words, scale, softcap,
+            rows, row_blocks, m, n, width, scale, softcap,
             HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_E, CAUSAL, SOFTCAP,
             PRECISION, UPCAST,
         )  # fmt: skip
-
-
-def by_head(plan: SparsePlan) -> SparsePlan:
-    """The plan with its work order head after head, longest rows first within a head."""
-    counts = plan.row_ptr.diff().view(plan.batch * plan.heads, -1)
-    order = counts.argsort(dim=1, descending=True, stable=True)
-    order = order + torch.arange(counts.shape[0], device=order.device)[:, None] * counts.shape[1]
-    return replace(plan, order=order.flatten().to(torch.int32))
-
-
-def _columns(plan: SparsePlan, row_blocks: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted columns without repeats (absent ones last, as n), those each row may see, and its blocks as bits.
-
-    int32 [B * heads, V], [rows], [rows, ceil(key blocks / 32)].
-    """
-    assert plan.columns is not None
-    device = plan.columns.device
-    listed = plan.columns.flatten(0, 1)
-    listed = torch.where((listed < 0) | (listed >= plan.n), plan.n, listed).sort(-1).values
-    repeated = F.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
-    listed = listed.masked_fill(repeated, plan.n).sort(-1).values
-    last = torch.full((row_blocks,), plan.n - 1, device=device)
-    if causal:
-        ends = torch.arange(1, row_blocks + 1, device=device) * plan.block_m
-        last = ends.clamp(max=plan.m) + (plan.n - plan.m - 1)
-    last = last.to(torch.int32).expand(listed.shape[0], -1).contiguous()
-    cut = torch.searchsorted(listed, last, right=True, out_int32=True)
-    words = triton.cdiv(triton.cdiv(plan.n, plan.block_n), 32)
-    covered = torch.zeros(cut.numel() * words, dtype=torch.int32, device=device)
-    row = torch.arange(cut.numel(), device=device)
-    row = torch.repeat_interleave(row, plan.row_ptr.diff(), output_size=plan.nnz)
-    bit = torch.ones_like(plan.col) << (plan.col & 31)
-    # A block is listed once, so a sum of bits is their union.
-    covered.index_add_(0, row * words + plan.col // 32, bit)
-    return listed, cut.flatten(), covered
 
 
 def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor | None:
@@ -306,7 +294,7 @@ def block_flash_fwd(
 
     Args:
         k, v: [B, Hkv, N, D] and [B, Hkv, N, Dv], last stride 1.
-        plan: heads 1, Hkv or Hq; batch 1 or B; block sizes multiples of 16; its `order` is the launch's (`by_head`).
+        plan: heads 1, Hkv or Hq; batch 1 or B; block sizes multiples of 16.
         scale: > 0; default D ** -0.5.    causal: a query sees no later key (queries are the last M of N keys).
         sink: [Hq], a learned logit per query head.    softcap: before masks.
     Returns:
@@ -334,9 +322,14 @@ def block_flash_fwd(
     row_blocks = triton.cdiv(M, plan.block_m)
     rows = plan.batch * plan.heads * row_blocks
     tiles = B * Hq * row_blocks * (plan.block_m // block_m)
-    column = cut = covered = None
+    stripe_k = stripe_v = None
+    column = bits = free = cut = None
+    width = 0
     if plan.columns is not None and plan.columns.shape[-1]:
-        column, cut, covered = _columns(plan, row_blocks, causal)
+        own = stripes(plan, causal)
+        column, bits, free, cut = own.column, own.bits, own.free, own.cut
+        width = column.shape[1]
+        stripe_k, stripe_v = kv_compact(k, v, column.view(plan.batch, plan.heads, width))
     descriptors = (_descriptor(k, block_n), _descriptor(v, block_n)) if config.tma else (None, None)
     if None in descriptors:
         descriptors = (None, None)
@@ -344,11 +337,11 @@ def block_flash_fwd(
     if config.persistent:
         grid = min(tiles, runtime.multiprocessors(q.device.index) * config.per_sm)
     block_flash_kernel[(grid,)](
-        q, k, v, *descriptors, plan.row_ptr, plan.col, plan.n_full, plan.order, column, cut, covered, sink, out, lse,
+        q, k, v, *descriptors, plan.row_ptr, plan.col, plan.n_full, plan.order,
+        stripe_k, stripe_v, column, bits, free, cut, sink, out, lse,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         v.stride(0), v.stride(1), v.stride(2),
-        tiles, rows, row_blocks, M, N,
-        0 if column is None else column.shape[1], 0 if covered is None else covered.numel() // rows,
+        tiles, rows, row_blocks, M, N, width,
         scale / softcap if softcap else scale * runtime.LOG2E, (softcap or 0.0) * runtime.LOG2E,
         HQ=Hq, HKV=Hkv, HEADS=plan.heads, PLAN_M=plan.block_m, PLAN_N=plan.block_n,
         D=D, DV=DV, BLOCK_D=runtime.power_of_two(D, 16), BLOCK_DV=runtime.power_of_two(DV, 16),

@@ -1,0 +1,137 @@
+"""How the launchers of the linear family cut sequences into pieces, and the sums they prepare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import triton
+from torch import Tensor
+
+from foveate.attention.backends.triton import runtime
+from foveate.attention.backends.triton.scan_parts import (
+    FIXED,
+    NONE,
+    SCALAR,
+    VECTOR,
+    cumulative_kernel,
+    gate_gradient_kernel,
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Sequences cut into pieces of `length` tokens, a multiple of the chunk.
+
+    total: tokens of all sequences. tokens: of one sequence, when all are equal.
+    pieces, per_sequence: how many, in all and per sequence.
+    table: [pieces, 4] int64 as `scan_parts.bounds` reads it, first: [N + 1] int64, each sequence's first piece;
+    for packed sequences only.
+    """
+
+    sequences: int
+    total: int
+    tokens: int
+    length: int
+    pieces: int
+    per_sequence: int
+    table: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def split(self) -> bool:
+        """Whether some sequence has several pieces."""
+        return self.pieces > self.sequences if self.table is None else self.per_sequence > 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """What `bounds` takes besides the piece."""
+        return self.tokens, self.length, self.per_sequence
+
+    @classmethod
+    def plan(
+        cls, batch: int, tokens: int, offsets: Sequence[int] | None, *,
+        chunk: int, pieces: int, device: torch.device, longest: int | None = None,
+    ) -> Cut:  # fmt: skip
+        """About `pieces` pieces in all, none longer than `longest` tokens."""
+        lengths = [tokens] * batch if offsets is None else [b - a for a, b in pairwise(offsets)]
+        most = max(lengths)
+        wanted = max(1, pieces * most // max(1, sum(lengths)))
+        size = triton.cdiv(triton.cdiv(most, wanted), chunk) * chunk
+        if longest is not None:
+            size = min(size, max(1, longest // chunk) * chunk)
+        if offsets is None:
+            per_sequence = triton.cdiv(tokens, size)
+            return cls(batch, batch * tokens, tokens, size, batch * per_sequence, per_sequence)
+        rows: list[tuple[int, int, int, int]] = []
+        first = [0]
+        for n, (begin, end) in enumerate(pairwise(offsets)):
+            for at in range(begin, end, size):
+                rows.append((n, at, min(at + size, end), (at == begin) + 2 * (at + size >= end)))
+            first.append(len(rows))
+        table = torch.tensor(rows, dtype=torch.int64).to(device)
+        per_sequence = triton.cdiv(most, size)
+        return cls(
+            len(lengths), tokens, tokens, size, len(rows), per_sequence, table, torch.tensor(first).to(device)
+        )  # fmt: skip
+
+    def after(self, states: Tensor, final: Tensor) -> Tensor:
+        """The state after each piece [pieces, ...], from those before the pieces and those after the sequences."""
+        following = torch.cat([states[1:], states[:1]])
+        if self.table is None:
+            last = torch.arange(self.sequences, device=states.device) * self.per_sequence + (self.per_sequence - 1)
+            following[last] = final
+            return following
+        ends = (self.table[:, 3] >= 2).nonzero().flatten()
+        following[ends] = final[self.table[ends, 0]]
+        return following
+
+
+def kind_of(g: Tensor | None) -> int:
+    if g is None:
+        return NONE
+    return {1: FIXED, 3: SCALAR, 4: VECTOR}[g.dim()]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[B, T, H, D] so that batch and token are one axis of one stride, and the last axis is dense."""
+    B, T, _, _ = x.shape
+    if (x.stride(3) != 1 and x.shape[3] != 1) or (B > 1 and x.stride(0) != T * x.stride(1)):
+        return x.contiguous()
+    return x
+
+
+def steps(x: Tensor | None) -> tuple[int, int]:
+    """Strides of token and head."""
+    return (0, 0) if x is None else (x.stride(1), x.stride(2))
+
+
+def decay_sums(g: Tensor | None, cut: Cut, chunk: int) -> Tensor | None:
+    """What kernels read as G: [HV] base-2 decays (FIXED) or [HV, total] sums inside chunks (SCALAR)."""
+    if g is None:
+        return None
+    if g.dim() == 1:
+        return g.float() * runtime.LOG2E
+    B, T, H = g.shape
+    if B > 1 and g.stride(0) != T * g.stride(1):
+        g = g.contiguous()
+    out = torch.empty(H, cut.total, dtype=torch.float32, device=g.device)
+    block = min(16, runtime.power_of_two(H))
+    grid = (triton.cdiv(cut.length, chunk), cut.pieces, triton.cdiv(H, block))
+    cumulative_kernel[grid](
+        g, cut.table, out, g.stride(1), g.stride(2), cut.total, *cut.sizes, HEADS=H, BLOCK_H=block, C=chunk, num_warps=4
+    )  # fmt: skip
+    return out
+
+
+def sum_from_end(rows: Tensor, anchor: Tensor, cut: Cut) -> Tensor:
+    """rows [total, H] float32 summed from each token to the end of its piece, plus anchor [pieces, H]."""
+    H = rows.shape[1]
+    out = torch.empty_like(rows)
+    block = min(32, runtime.power_of_two(H))
+    gate_gradient_kernel[(triton.cdiv(H, block), cut.pieces)](
+        rows, anchor, cut.table, out, cut.total, *cut.sizes, HEADS=H, BLOCK_H=block, C=64, num_warps=4
+    )
+    return out
