@@ -5,6 +5,7 @@ Keys and values lie in one flat array of rows; segment s = b * Hkv + h holds row
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +22,8 @@ def attend_ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    start: Sequence[int],
-    length: Sequence[int],
+    start: Sequence[int] | Tensor,
+    length: Sequence[int] | Tensor,
     *,
     scale: float | None = None,
     k_positions: Tensor | None = None,
@@ -34,13 +35,14 @@ def attend_ragged(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of q [B, Hq, M, D] over packed k [R, D], v [R, Dv].
 
-    start, length: B * Hkv host integers. k_positions [R] and q_positions [B, M] are needed when M > 1 or a
+    start, length: B * Hkv integers on the host; on a GPU also int64 tensors [B * Hkv] there (one query, no window),
+    which a recorded graph may change. k_positions [R] and q_positions [B, M] are needed when M > 1 or a
     window applies (a single query sees all its segment otherwise). log_weight: [R], added to scores.
     Returns o [B, Hq, M, Dv], and lse [B, Hq, M] when asked; an empty segment gives o = 0, lse = -inf.
     """
     B, Hq, M, D = q.shape
     match(k=(k, "R D"), v=(v, "R Dv"))
-    if len(start) != len(length) or len(start) % B or Hq % (len(start) // B):
+    if len(start) != len(length) or len(start) % B or not len(start) or Hq % (len(start) // B):
         raise ShapeError(f"{len(start)} segments do not fit a batch of {B} with {Hq} query heads")
     needs_positions = M > 1 or window is not None
     if needs_positions and (k_positions is None or q_positions is None):
@@ -48,6 +50,10 @@ def attend_ragged(
     heads = len(start) // B
     G = Hq // heads
     scale = D**-0.5 if scale is None else scale
+    if not needs_positions and _gathers(q):
+        return _gather(q, k, v, start, length, scale, log_weight, sink, return_lse)
+    if isinstance(start, Tensor) or isinstance(length, Tensor):
+        start, length = (x.tolist() if isinstance(x, Tensor) else x for x in (start, length))
     if M == 1 and window is None and log_weight is None and cpp_plans.why_not_segments(q, k, v, G) is None:
         rows = q.reshape(B * heads, G, D).contiguous()
         offsets = [[row * x.stride(0) for row in start] for x in (k, v)]
@@ -92,6 +98,44 @@ def attend_ragged(
         if own_lse is not None:
             lse[b, h] = own_lse[0, 0]
     return _finish(o.view(B, Hq, M, -1), lse.view(B, Hq, M), sink, return_lse)
+
+
+def _gathers(q: Tensor) -> bool:
+    """Whether the Triton decode kernel serves these segments."""
+    if not q.is_cuda or importlib.util.find_spec("triton") is None or q.dtype == torch.float64:
+        return False
+    return not (torch.is_grad_enabled() and q.requires_grad)
+
+
+def _gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Sequence[int] | Tensor,
+    length: Sequence[int] | Tensor,
+    scale: float,
+    log_weight: Tensor | None,
+    sink: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    from foveate.attention.backends.triton.gather_decode import gather_decode
+
+    first, count = (torch.as_tensor(x, dtype=torch.int64, device=q.device) for x in (start, length))
+    o, lse = gather_decode(
+        q,
+        k,
+        v,
+        start=first,
+        length=count.view(q.shape[0], -1),
+        scale=scale,
+        log_weight=log_weight,
+        sink=sink,
+        return_lse=return_lse,
+    )
+    if not return_lse:
+        return o
+    assert lse is not None
+    return o, lse
 
 
 def _attend_runs(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from foveate.errors import FoveateError, UnsupportedCacheError, UnsupportedModelError
 from foveate.hf import compat
 from foveate.hf.attention import NAME, Runtime, Slot, end_prompt, note_padding, pre_hook, register
+from foveate.hf.graph import GraphedForward
 from foveate.hf.identity import identify
 from foveate.hf.layer import FoveateLayer
 from foveate.hf.modules import attention_modules, check_model, decoder_of, text_config
@@ -25,7 +26,9 @@ class Run:
     stats: figures of the latest request. After leaving, the model is as it was; caches stay readable.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method, *, chunked: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, method: Method, *, chunked: bool = False, cuda_graph: bool = False
+    ) -> None:
         check_model(model)
         self.model = model
         self.method = method.for_model(identify(model))
@@ -38,6 +41,11 @@ class Run:
         self._refuse_windows_only()
         self.runtime = Runtime(self.method, len(self.modules), chunked=chunked)
         self._ropes = [self._rope(module) for module in self.modules]
+        self._graphed = (
+            GraphedForward(model.forward, self.method, lambda: self.runtime.request, record=True)
+            if cuda_graph
+            else None
+        )
         self._handles: list[Any] = []
         self._before: dict[int, tuple[Any, str | None]] = {}
 
@@ -64,6 +72,8 @@ class Run:
                 module._foveate = Slot(self.runtime, layer, rope)  # type: ignore[assignment]
                 self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
             self._handles.append(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            if self._graphed is not None:
+                self.model.forward = self._graphed
         except BaseException:
             self.detach()
             raise
@@ -87,6 +97,10 @@ class Run:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._graphed is not None:
+            self._graphed.recording = None
+            if self.model.__dict__.get("forward") is self._graphed:
+                del self.model.forward
         for module in self.modules:
             if getattr(module, "_foveate", None) is not None and module._foveate.runtime is self.runtime:  # type: ignore[union-attr]
                 del module._foveate
@@ -153,7 +167,9 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         note_padding(module, mask, hidden.shape[1])
 
 
-def apply(model: Any, method: str | Method = "full", *, chunked: bool = False, **options: Any) -> Run:
+def apply(
+    model: Any, method: str | Method = "full", *, chunked: bool = False, cuda_graph: bool = False, **options: Any
+) -> Run:
     """Put a training-free method on a transformers causal LM.
 
         with foveate.apply(model, "snapkv", budget=1024) as run:
@@ -166,6 +182,8 @@ def apply(model: Any, method: str | Method = "full", *, chunked: bool = False, *
         chunked: the prompt will come in several forwards (`prefill_chunk_size`); methods that decide once at the end
             of the prompt wait for the first decode step or `run.finish_prefill()`. Without it they decide after the
             first forward, and what is fed later (a question after its context) stays whole.
+        cuda_graph: record a decode step once and replay it (a GPU, unpadded batches, methods that decide at the end of
+            the prompt); what cannot be recorded runs eagerly, with one warning that says why.
         **options: options of a single method.
     Returns:
         a Run, to be used as a context manager or by `attach()` and `detach()`.
@@ -174,7 +192,7 @@ def apply(model: Any, method: str | Method = "full", *, chunked: bool = False, *
         UnsupportedCacheError (when it runs) for static, quantised, paged caches; ProfileError for calibrations.
     """
     check_model(model)
-    return Run(model, create(method, **options), chunked=chunked)
+    return Run(model, create(method, **options), chunked=chunked, cuda_graph=cuda_graph)
 
 
 __all__ = ["FoveateError", "Run", "UnsupportedCacheError", "apply"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from foveate.methods.base import Method, execute, finish_prompt
 from foveate.methods.cache import LayerCache
 from foveate.methods.full import Full
 from foveate.methods.step import RunState, Step
+
+if TYPE_CHECKING:
+    from foveate.hf.graph import FlatLayer
 
 NAME = "foveate"
 
@@ -140,6 +143,8 @@ def attention(
         return _sliding(query, key, value, attention_mask, window, options), None
     if slot.cache_layer is not None and not slot.cache_layer.handed_out(key):
         return _expanded(module, slot, query, key, value, attention_mask, window, options), None
+    if slot.cache_layer is not None and slot.cache_layer.flat is not None:
+        return _flat(module, slot.cache_layer.flat, query, window, options), None
     step = _step(slot, query, key, value, attention_mask, window, options)
     out = execute(slot.runtime.method, step)
     slot.last = step if slot.runtime.chunked and step.phase != "decode" else None
@@ -180,6 +185,16 @@ def _step(
         hidden=slot.hidden,
         **options,
     )
+
+
+def _flat(module: nn.Module, flat: FlatLayer, query: Tensor, window: int | None, options: dict[str, Any]) -> Tensor:
+    """One token over a cache that counts on the device."""
+    if window is not None or options["softcap"] is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has a window or a softcap of its own, which cuda_graph=True does not serve; "
+            "leave cuda_graph out"
+        )
+    return flat.attend(query, options["scale"], options["sink"]).transpose(1, 2).contiguous()
 
 
 def _sliding(

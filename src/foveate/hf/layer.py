@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from foveate.hf.compat import tokens_to_remove
 from foveate.methods.cache import LayerCache
+
+if TYPE_CHECKING:
+    from foveate.hf.graph import FlatLayer
 
 
 class FoveateLayer(CacheLayerMixin):
@@ -29,6 +32,8 @@ class FoveateLayer(CacheLayerMixin):
         self.store = LayerCache()
         self.handed: tuple[Tensor, Tensor] | None = None
         self.pending: Tensor | None = None
+        # While a decode step that can be recorded runs: where it writes and reads instead of the store.
+        self.flat: FlatLayer | None = None
 
     @classmethod
     def taking_over(cls, layer: Any) -> FoveateLayer:
@@ -46,6 +51,10 @@ class FoveateLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.flat is not None:
+            self.flat.update(key_states, value_states)
+            self.handed = (key_states, value_states)
+            return self.handed
         positions, self.pending = self.pending, None
         if positions is not None and not self.store.holes:
             self.store.mark_holes()

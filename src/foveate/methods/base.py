@@ -27,6 +27,8 @@ class Method:
     ragged: ClassVar[bool] = False
     # Whether `keep` ever drops anything.
     evicts: ClassVar[bool] = False
+    # Whether every decode step reads all that is stored and keeps it all, so that its work can be recorded once.
+    steady: ClassVar[bool] = False
     # Whether the method must be alone: it stores or reads keys in its own way.
     alone: ClassVar[bool] = False
 
@@ -102,6 +104,10 @@ class Composed(Method):
     @property
     def members(self) -> tuple[Method, ...]:
         return self.parts
+
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        return all(part.steady for part in self.parts)
 
     def attend(self, step: Step) -> Tensor:
         for index, part in enumerate(self.parts):

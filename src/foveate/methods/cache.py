@@ -182,6 +182,50 @@ class LayerCache:
                     self._append_rows(name, rows.buffer.new_zeros(shape))
         self.seen += M
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more, so that the buffers stay where they are while these come."""
+        for rows in self._rows.values():
+            rows.reserve(tokens)
+        if self.packed is not None:
+            self.packed.reserve(tokens)
+
+    def buffers(self) -> tuple[dict[str, Tensor], list[int], list[int]]:
+        """The storage as flat rows: name -> [R, ...], and where each segment b * Hkv + h starts and how long it is.
+
+        For writers that count on the device; `advance` tells the cache of what they wrote. Fields that all heads
+        share ("positions" of one head) are not among them.
+        """
+        if self.packed is not None:
+            return dict(self.packed.fields), list(self.packed.start), list(self.packed.length)
+        B, H = self.shape
+        room = min(rows.buffer.shape[2] for rows in self._rows.values())
+        flat = {}
+        for name, rows in self._rows.items():
+            if rows.buffer.shape[2] != room:
+                rows.buffer = rows.buffer[:, :, :room].contiguous()
+            if rows.buffer.shape[1] == H:
+                flat[name.removeprefix("extra.")] = rows.buffer.view(B * H * room, *rows.buffer.shape[3:])
+        return flat, [s * room for s in range(B * H)], [self.stored] * (B * H)
+
+    def keys_at(self) -> int:
+        """Where the keys' buffer lies in memory."""
+        held = self.packed.fields["keys"] if self.packed is not None else self._rows["keys"].buffer
+        return held.data_ptr()
+
+    def advance(self, tokens: int) -> None:
+        """`tokens` more were written into the reserved room of every head."""
+        if self.packed is not None:
+            self.packed.length = [n + tokens for n in self.packed.length]
+        shared = self._rows.get("positions")
+        if shared is not None and shared.buffer.shape[1] == 1:
+            at = self.following(tokens, shared.buffer.device)
+            shared.buffer[:, 0, shared.length : shared.length + tokens] = at.to(torch.int32)
+        for rows in self._rows.values():
+            rows.length += tokens
+        self.seen += tokens
+        if self._next is not None:
+            self._next = self._next + tokens
+
     def following(self, m: int, device: torch.device) -> Tensor:
         """Positions [B, m] int64 of the next m tokens when none is padding."""
         ahead = torch.arange(m, device=device)[None]

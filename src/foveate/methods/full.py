@@ -7,6 +7,7 @@ grows in place instead of being copied for each token, and the query heads of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from foveate.methods.base import Method
 from foveate.registry import register
@@ -28,3 +29,5 @@ class Full(Method):
 
     Time O(M N), memory O(N).
     """
+
+    steady: ClassVar[bool] = True

@@ -35,6 +35,7 @@ class PromptKeep(Budgeted):
     """Keeps the best-scored keys of the prompt; what comes later is kept whole."""
 
     evicts: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
 
     @property
     def observed(self) -> int:

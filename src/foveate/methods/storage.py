@@ -45,6 +45,14 @@ class Rows:
         self.buffer[:, :, self.length : end] = rows
         self.length = end
 
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` more without growing again."""
+        if self.length + rows <= self.buffer.shape[2]:
+            return
+        grown = self.buffer.new_empty((*self.buffer.shape[:2], self.length + rows, *self.buffer.shape[3:]))
+        grown[:, :, : self.length] = self.used
+        self.buffer = grown
+
     def take(self, index: Tensor) -> None:
         """Keep rows index [B, H, n] (absent entries must be made valid by the caller)."""
         heads = max(self.buffer.shape[1], index.shape[1])
@@ -79,8 +87,13 @@ class Segments:
         self.length = [part.shape[0] for part in first]
         self._lay_out(parts)
 
-    def _lay_out(self, parts: dict[str, list[Tensor]]) -> None:
-        self.capacity = [n + slack(n, least=2) for n in self.length]
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` more in every segment without laying out again."""
+        if any(n + rows > held for n, held in zip(self.length, self.capacity)):
+            self._lay_out({name: self.segments(name) for name in self.fields}, rows)
+
+    def _lay_out(self, parts: dict[str, list[Tensor]], least: int = 2) -> None:
+        self.capacity = [n + slack(n, least=least) for n in self.length]
         self.start = [0, *torch.tensor(self.capacity).cumsum(0).tolist()[:-1]]
         self.fields = {}
         for name, segments in parts.items():

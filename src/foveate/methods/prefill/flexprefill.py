@@ -57,6 +57,7 @@ class FlexPrefill(Method):
     """Computes, of a long prompt, the key blocks that each head's own last queries say it needs."""
 
     acts_in: ClassVar[frozenset[Phase]] = frozenset({"prefill"})
+    steady: ClassVar[bool] = True
 
     gamma: float = option(0.9, "share of attention mass that the chosen blocks must reach", above=0, at_most=1)
     tau: float = option(0.1, "greatest divergence at which a head is query-aware; 0: never", at_least=0)
