@@ -11,10 +11,10 @@ columns and diagonals that the last block attends to. Blocks are taken until the
         with the minimum of columns and diagonals; else: columns and diagonals until gamma of v and of s
 
 Shapes: q [B, Hq, N, D] -> a Blocks plan of Hq heads. Estimation costs O(block N D + n^2 D) per head, n = N / block;
-P is formed head by head. Follows the authors' code where it differs from the paper: query-aware heads also read the
-minimum of columns and diagonals, the budget of tokens becomes blocks by // 128 + 1 whatever the block size, and a
-diagonal's offset covers one block diagonal only. Differs from the code: zero probabilities count as 0 log 0 = 0 in
-the divergence (there they make NaN and the head falls to columns and diagonals). Serves prompts that stand alone
+P is formed for a few heads at a time. Follows the authors' code where it differs from the paper: query-aware heads also
+read the minimum of columns and diagonals, the budget of tokens becomes blocks by // 128 + 1 whatever the block size,
+and a diagonal's offset covers one block diagonal only. Differs from the code: zero probabilities count as 0 log 0 = 0
+in the divergence (there they make NaN and the head falls to columns and diagonals). Serves prompts that stand alone
 (nothing stored before; each row of a left-padded batch by itself); other steps, layers with a sliding window, and
 prompts of at most max(2 block, min_budget) tokens, are dense.
 """
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from foveate.attention import attend
 from foveate.attention.plan import Blocks, Dense, Plan
+from foveate.attention.scoring import top_mask
 from foveate.attention.statistics import block_means
 from foveate.methods.base import Method
 from foveate.methods.step import Phase, Step
@@ -39,6 +40,8 @@ from foveate.registry import register
 
 # The authors' code divides token budgets by this, whatever the block size.
 BUDGET_TOKENS_PER_BLOCK = 128
+# Weights of the last queries that are held at once.
+PIECE_BYTES = 1 << 29
 
 
 @register(
@@ -96,33 +99,27 @@ class FlexPrefill(Method):
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Bool [B, Hq, n, n], n = ceil(N / block)."""
-        B, Hq, _, _ = q.shape
-        group = Hq // k.shape[1]
-        keys = block_means(k.float(), self.block)
-        queries = block_means(q.float(), self.block)
-        maps = [
-            self._head_map(q[b, h], k[b, h // group], queries[b, h], keys[b, h // group], scale)
-            for b in range(B)
-            for h in range(Hq)
-        ]
-        return torch.stack(maps).unflatten(0, (B, Hq))
-
-    def _head_map(self, q: Tensor, k: Tensor, qb: Tensor, kb: Tensor, scale: float) -> Tensor:
-        last = q[-self.block :]
-        vertical, slash = column_and_diagonal_mass(last, k, scale)
+        B, Hq = q.shape[:2]
+        keys = block_means(k.float(), self.block).repeat_interleave(Hq // k.shape[1], 1).flatten(0, 1)
+        queries = block_means(q.float(), self.block).flatten(0, 1)
+        last = q[:, :, -self.block :]
+        vertical, slash = (each.flatten(0, 1) for each in column_and_diagonal_mass(last, k, scale))
         vb, sb = _block_sums(vertical, self.block), _block_sums(slash, self.block)
-        estimate = torch.softmax(last.float().mean(0) * scale @ kb.T, dim=-1)
-        aware = bool(divergence(estimate, vb) < self.tau)
-        n = kb.shape[0]
+        pooled = last.flatten(0, 1).float().mean(1, keepdim=True) * scale @ keys.transpose(1, 2)
+        aware = divergence(torch.softmax(pooled[:, 0], dim=-1), vb) < self.tau
+        n = keys.shape[1]
         least = min(math.ceil(self.min_budget / self.block), n)
-        counts = [least if aware else self._blocks(mass, n, least) for mass in (vertical, slash)]
+        counts = [torch.where(aware, least, self._blocks(mass, n, least)) for mass in (vertical, slash)]
         chosen = columns_and_diagonals(vb, sb, counts[0], counts[1])
-        return chosen | self._pooled_map(qb, kb, scale) if aware else chosen
+        for head in aware.nonzero()[:, 0].tolist():
+            chosen[head] |= self._pooled_map(queries[head], keys[head], scale)
+        return chosen.unflatten(0, (B, Hq))
 
-    def _blocks(self, mass: Tensor, n: int, least: int) -> int:
-        tokens = int(covering_count(mass, self.gamma))
+    def _blocks(self, mass: Tensor, n: int, least: int) -> Tensor:
+        """Blocks that each head takes of its mass [H, N]: int64 [H]."""
         most = n if self.max_budget is None else min(math.ceil(self.max_budget / self.block), n)
-        return max(least, min(most, tokens // BUDGET_TOKENS_PER_BLOCK + 1))
+        blocks = covering_count(mass, self.gamma) // BUDGET_TOKENS_PER_BLOCK + 1
+        return blocks.clamp(max=most).clamp(min=least)
 
     def _pooled_map(self, qb: Tensor, kb: Tensor, scale: float) -> Tensor:
         n = kb.shape[0]
@@ -134,35 +131,40 @@ class FlexPrefill(Method):
 
 
 def column_and_diagonal_mass(last: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Means over the last queries [m, D] of the weight on each key (columns) and along each diagonal: both [N].
+    """Means over the last queries [B, Hq, m, D] of the weight on each of k [B, Hkv, N, D] (columns) and along each
+    diagonal: both [B, Hq, N] float32, made for some KV heads at a time.
 
     Entry c of the second is the diagonal whose keys lie N - 1 - c back, so the last entry is the main diagonal.
     """
-    m, N = last.shape[0], k.shape[0]
-    scores = (last @ k.T).float() * scale
+    B, Hq, m, D = last.shape
+    H, N = k.shape[1], k.shape[2]
+    group = Hq // H
+    vertical, slash = (torch.empty(B, Hq, N, dtype=torch.float32, device=k.device) for _ in range(2))
     future = torch.ones(m, m, dtype=torch.bool, device=k.device).triu(1)
-    scores[:, N - m :].masked_fill_(future, -torch.inf)
-    weights = torch.softmax(scores, dim=-1)
-    return weights.mean(0), diagonal_sums(weights) / m
+    step = max(1, PIECE_BYTES // (4 * B * group * m * N))
+    for first in range(0, H, step):
+        keys = k[:, first : first + step]
+        heads = slice(first * group, (first + keys.shape[1]) * group)
+        rows = last[:, heads].reshape(B, keys.shape[1], group * m, D)
+        scores = (rows @ keys.transpose(-1, -2)).float().mul_(scale).view(B, -1, m, N)
+        scores[..., N - m :].masked_fill_(future, -torch.inf)
+        weights = torch.softmax(scores, dim=-1)
+        vertical[:, heads] = weights.mean(2)
+        slash[:, heads] = diagonal_sums(weights) / m
+    return vertical, slash
 
 
 def diagonal_sums(weights: Tensor) -> Tensor:
     """Sums of weights [..., m, N] along diagonals: entry c holds the entries N - 1 - c columns left of the main
     diagonal, which ends in the last corner; entries right of it are not counted."""
-    return _shear(weights).sum(-2)
-
-
-def _shear(weights: Tensor) -> Tensor:
-    """Row r of [m, N] moved right by m - 1 - r, what leaves on the right being the (zero) future."""
     m, N = weights.shape[-2:]
-    row = torch.arange(m, device=weights.device)[:, None]
-    source = torch.arange(N, device=weights.device)[None] - (m - 1 - row)
-    moved = weights.gather(-1, source.clamp_min(0).expand_as(weights))
-    return torch.where(source >= 0, moved, 0.0)
+    # Rows of N + m read as rows of N + m - 1: each starts one column further right than the one before.
+    sheared = F.pad(weights.flip(-2), (0, m)).flatten(-2)[..., : m * (N + m - 1)]
+    return sheared.unflatten(-1, (m, N + m - 1))[..., :N].sum(-2)
 
 
 def _block_sums(mass: Tensor, block: int) -> Tensor:
-    return F.pad(mass, (0, -mass.shape[0] % block)).view(-1, block).sum(1)
+    return F.pad(mass, (0, -mass.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -175,17 +177,16 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (0.5 * kl(p) + 0.5 * kl(q)).clamp_min(0).sqrt()
 
 
-def columns_and_diagonals(vb: Tensor, sb: Tensor, columns: int, diagonals: int) -> Tensor:
-    """Bool [n, n]: the best `columns` key blocks of vb and `diagonals` of sb; the first and the main always."""
-    n = vb.shape[0]
+def columns_and_diagonals(vb: Tensor, sb: Tensor, columns: Tensor, diagonals: Tensor) -> Tensor:
+    """Bool [H, n, n]: of each head the best `columns` [H] key blocks of vb [H, n] and `diagonals` [H] of sb [H, n]; the
+    first column and the main diagonal always."""
+    n = vb.shape[-1]
     vb, sb = vb.clone(), sb.clone()
-    vb[0], sb[-1] = torch.inf, torch.inf
+    vb[:, 0], sb[:, -1] = torch.inf, torch.inf
     rows = torch.arange(n, device=vb.device)
-    chosen = torch.zeros(n, n, dtype=torch.bool, device=vb.device)
-    chosen[:, vb.topk(min(columns, n)).indices] = True
-    offsets = n - 1 - sb.topk(min(diagonals, n)).indices
-    chosen |= (rows[:, None] - rows[None])[..., None].eq(offsets).any(-1)
-    return chosen & (rows[:, None] >= rows[None])
+    offset = rows[:, None] - rows[None]
+    on_diagonal = top_mask(sb, diagonals)[:, (n - 1 - offset).clamp_max(n - 1)]
+    return (top_mask(vb, columns)[:, None] | on_diagonal) & (offset >= 0)
 
 
 def covering_count(weights: Tensor, mass: float) -> Tensor:
