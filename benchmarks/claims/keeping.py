@@ -1,6 +1,7 @@
 """What the claims about eviction share: retrieval and next-token loss of a model under methods, and the result file.
 
-Every script takes --length, --seeds and --dtype, and writes benchmarks/results/claims/<system>.json.
+Every script takes --length, --seeds, --dtype, --device and --out, and writes <out>/<system>.json (by default in
+benchmarks/results/claims).
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ def arguments(doc: str | None, *, length: int, seeds: int) -> argparse.Namespace
     parser.add_argument("--length", type=int, default=length)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
 def load(given: argparse.Namespace) -> tuple[Any, Any]:
-    return default_model(dtype=given.dtype)
+    model, tokenizer = default_model(dtype=given.dtype)
+    return model.to(given.device), tokenizer
 
 
 @torch.no_grad()
@@ -117,14 +121,14 @@ def mean(values: Sequence[float]) -> float:
 
 def record(name: str, claim: str, model: Any, given: argparse.Namespace, started: float, **rows: Any) -> None:
     """Write what came out, with what it was made on."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    given.out.mkdir(parents=True, exist_ok=True)
     made = {
         "claim": claim,
-        "settings": vars(given),
+        "settings": {key: value for key, value in vars(given).items() if key != "out"},
         "environment": environment(model),
         "model": model_facts(model),
         "seconds": round(time.perf_counter() - started, 1),
         **rows,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
-    print(RESULTS / f"{name}.json")
+    (given.out / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
+    print(given.out / f"{name}.json")

@@ -43,7 +43,7 @@ def arguments(doc: str | None, *, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--test", type=int, default=128, help="test examples")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 
 
@@ -94,8 +94,8 @@ def accuracy(model: HybridLM, data: Examples) -> float:
 
 def record(name: str, claim: str, model: HybridLM, given: argparse.Namespace, started: float, **rows: Any) -> None:
     """Write what came out, with what it was made on."""
-    given.results.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(given).items() if key != "results"}
+    given.out.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in vars(given).items() if key != "out"}
     made = {
         "claim": claim,
         "settings": settings,
@@ -104,8 +104,8 @@ def record(name: str, claim: str, model: HybridLM, given: argparse.Namespace, st
         "seconds": round(time.perf_counter() - started, 1),
         **rows,
     }
-    (given.results / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
-    print(given.results / f"{name}.json")
+    (given.out / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
+    print(given.out / f"{name}.json")
 
 
 def questions(count: int, pairs: int, extra: int, seed: int) -> Examples:

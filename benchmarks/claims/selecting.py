@@ -25,9 +25,9 @@ def distributions(model: Any, method: str | Method, prompt: Sequence[int], text:
     the request's statistics."""
     with apply(model, method) as run:
         held = {cache_keyword(model): run.new_cache()}
-        rows = [model(torch.tensor([list(prompt)]), **held).logits[0, -1]]
+        rows = [model(torch.tensor([list(prompt)], device=model.device), **held).logits[0, -1]]
         for token in text[:-1]:
-            rows.append(model(torch.tensor([[token]]), **held).logits[0, -1])
+            rows.append(model(torch.tensor([[token]], device=model.device), **held).logits[0, -1])
         stats = run.stats
     return F.log_softmax(torch.stack(rows).float(), -1), stats
 
@@ -47,7 +47,7 @@ def divergence(
             made, stats = distributions(model, method, window.context, window.target)
             kl.append(float(F.kl_div(made, expected, log_target=True, reduction="none").sum(-1).mean()))
             same.append(float((made.argmax(-1) == expected.argmax(-1)).float().mean()))
-            loss.append(-float(made.gather(1, torch.tensor(window.target)[:, None]).mean()))
+            loss.append(-float(made.gather(1, torch.tensor(window.target, device=made.device)[:, None]).mean()))
             density.append(stats.decode_density or 0.0)
         name = method if isinstance(method, str) else describe(method)
         rows.append(

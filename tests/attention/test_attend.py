@@ -203,3 +203,18 @@ def test_gradients_flow_through_tokens_and_blocks() -> None:
     q, k, v = (x.double().requires_grad_() for x in qkv(2, 8, 8, 4))
     index = lists(B * H, 8, 5).view(B, H, -1)
     assert torch.autograd.gradcheck(lambda *x: attend(*x, Tokens(index)), (q, k, v), atol=1e-6)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_the_log_sum_exp_has_gradients(sink: bool) -> None:
+    """Through what is merged by it, and through learned sinks."""
+    torch.manual_seed(0)
+    given = [torch.randn(1, h, 6, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    logit = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
+    wanted = [*given, logit] if sink else given
+    made = []
+    for backend in ("reference", "torch"):
+        o, lse = attend(*given, sink=logit, backend=backend, return_lse=True)
+        made.append(torch.autograd.grad((o.sin().sum() + lse.cos().sum()), wanted))
+    for ours, exact in zip(made[1], made[0]):
+        torch.testing.assert_close(ours, exact)

@@ -22,8 +22,13 @@ GROUPS = (
     "tasks",
     "linear_primitives",
     "mixers_linear",
-    "mixers_vision",
-    "mixers_memory",
+    "kv_landmark",
+    "kv_hcam",
+    "mixers_softmaxlike",
+    "mixers_dsf",
+    "mixers_linear_vision",
+    "mixers_spikingbrain",
+    "mixers_cab",
 )
 Adapter = Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Tensor]]
 

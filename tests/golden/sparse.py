@@ -17,7 +17,7 @@ def flexprefill_helpers(config: dict[str, Any], tensors: dict[str, Tensor]) -> d
     return {
         "cover_count": covering_count(x, config["score"]),
         "cover_mask": cover,
-        "diag_sum": diagonal_sums(mat),
+        "diag_sum": diagonal_sums(mat.flip(-2)),
     }
 
 

@@ -22,6 +22,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "baseconv-long": ("baseconv", {"kernel": None, "max_length": 400}),
     "lookups-two-way": ("lookups", {"selection": "two-way"}),
     "mamba2-groups": ("mamba2", {"groups": 2, "state_dim": 4}),
+    "landmark-all": ("landmark", {"block": 4, "chunk": 2}),
+    "landmark-host": ("landmark", {"block": 5, "retrieve": 1, "chunk": 1, "host": True, "placement": "anchored"}),
+    "hcam-slots": ("hcam", {"chunk": 2, "slots": 2, "detach": False}),
+    "rat-attention": ("rat", {"chunk": 1}),
+    "transnormer-diag-softmax": ("transnormer-diag", {"block": 5, "weights": "softmax", "lrpe": True}),
+    "qlstm-plain": ("qlstm", {"reverse": False}),
 }
 
 

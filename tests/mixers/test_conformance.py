@@ -279,7 +279,8 @@ def test_noncausal_tokens_read_later_ones(card):
     assert mixer.state_bytes(3, TOKENS) == 0
     changed = x.clone()
     changed[:, -1] += 1
-    assert not torch.allclose(mixer(changed)[0][:, 0], y[:, 0])
+    # The token before the last: a mixer may read no further than its own block.
+    assert not torch.allclose(mixer(changed)[0][:, -2], y[:, -2])
 
 
 @conforming("noncausal-cross", having=has("noncausal-cross"))

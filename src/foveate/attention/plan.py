@@ -209,15 +209,20 @@ class Blocks(Plan):
     def density(self, m: int, n: int, positions: Positions | None = None) -> float:
         if positions is not None and not positions.aligned:
             return super().density(m, n, positions)
-        # Count the causal pairs of each listed tile; no M x N mask.
+        return float(self.share(m, n))
+
+    def share(self, m: int, n: int) -> Tensor:
+        """The density as a tensor of one number on the plan's device, for callers that must not wait for it."""
         counts = self.row_ptr.diff()
-        row = torch.repeat_interleave(torch.arange(counts.numel(), device=self.device) % self.rows, counts)
-        query = row[:, None] * self.block_m + torch.arange(self.block_m, device=self.device)
-        first = self.col.long()[:, None] * self.block_n
+        lists = torch.arange(counts.numel(), device=self.device)
+        row = torch.repeat_interleave(lists, counts, output_size=self.col.numel()) % self.rows
+        first = self.col.long() * self.block_n
         width = (n - first).clamp(max=self.block_n)
-        seen = torch.minimum((query + (n - m) - first + 1).clamp_min(0), width)
-        read = torch.where(query < m, seen, 0).sum().item()
-        return read / (self.batch * self.heads * (m * (n - m) + m * (m + 1) / 2))
+        # A tile's queries see min(t, width) of its keys, t counting up from `before` + 1 to `last`.
+        before = row * self.block_m + (n - m) - first
+        last = ((row + 1) * self.block_m).clamp(max=m) + (n - m) - first
+        read = (_ramp(last, width) - _ramp(before, width)).sum()
+        return read.double() / (self.batch * self.heads * (m * (n - m) + m * (m + 1) / 2))
 
     def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
         return SparsePlan.from_csr(
@@ -293,6 +298,12 @@ class PerHead(Plan):
 
     def density(self, m: int, n: int, positions: Positions | None = None) -> float:
         return sum(plan.density(m, n) for plan in self.plans) / len(self.plans)
+
+
+def _ramp(upto: Tensor, width: Tensor) -> Tensor:
+    """Sum over t = 1 .. upto of min(t, width)."""
+    inside = torch.minimum(upto.clamp_min(0), width)
+    return inside * (inside + 1) // 2 + (upto - width).clamp_min(0) * width
 
 
 def positions_device(positions: Positions) -> torch.device:

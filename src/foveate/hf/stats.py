@@ -81,4 +81,4 @@ class Stats:
 
 def _density(readings: list[Reading]) -> float | None:
     visible = sum(each.visible for each in readings)
-    return min(1.0, sum(each.read for each in readings) / visible) if visible else None
+    return min(1.0, sum(float(each.read) for each in readings) / visible) if visible else None

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from foveate.attention.plan import Dense, Plan, Tokens
+from foveate.attention.plan import Blocks, Dense, Plan, Tokens
 from foveate.attention.positions import Positions
 from foveate.attention.ragged import attend_ragged
 from foveate.attention.softmax import attend
@@ -27,11 +27,14 @@ class RopeLike(Protocol):
 
 @dataclass
 class Reading:
-    """What one layer read in one step: pairs of query and key per query head, and what a dense model reads."""
+    """What one layer read in one step: pairs of query and key per query head, and what a dense model reads.
+
+    A number that is still being computed on a GPU stays there until statistics are asked for.
+    """
 
     layer: int
     phase: Phase
-    read: float
+    read: float | Tensor
     visible: float
 
 
@@ -188,10 +191,13 @@ class Step:
         if self.cache.ragged:
             stored = float(self.cache.lengths().double().mean())
         dense = M * (stored - M) + M * (M + 1) / 2
+        read: float | Tensor
         if isinstance(plan, Dense):
             read = dense
         elif isinstance(plan, Tokens) and M == 1:
             read = min(float(plan.index.shape[-1]), stored)
+        elif isinstance(plan, Blocks):
+            read = plan.share(M, int(stored)) * dense
         else:
             read = plan.density(M, int(stored)) * dense
         visible = M * (seen - M) + M * (M + 1) / 2

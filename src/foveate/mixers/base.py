@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -50,6 +50,7 @@ class Mixer(Initialised):
     Class attributes:
         patterns: what it can be used for, out of PATTERNS. Non-causal use needs an option `causal=False`, or a mixer
             that is never causal (`causal = False` on the class).
+        lacking: why it cannot be used for a pattern, by pattern.
         constant_state: whether the state stops growing with the length (an option may change it for an instance).
         packs: whether `mix` takes packed sequences; otherwise they are run one by one (an option may change it too).
         length: the only number of tokens it takes (a grid); None for any.
@@ -57,6 +58,7 @@ class Mixer(Initialised):
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"causal-self"})
+    lacking: ClassVar[Mapping[str, str]] = {}
     constant_state: bool = True
     packs: bool = True
     length: int | None = None
@@ -201,7 +203,8 @@ class Mixer(Initialised):
 
     def _check_pattern(self, context: Tensor | None) -> None:
         pattern = ("causal" if self.causal else "noncausal") + ("-self" if context is None else "-cross")
-        self.require(pattern in self.patterns, f"used as {pattern}, allowed: {sorted(self.patterns)}")
+        why = f" ({self.lacking[pattern]})" if pattern in self.lacking else ""
+        self.require(pattern in self.patterns, f"used as {pattern}, allowed: {sorted(self.patterns)}{why}")
 
     def _check_length(self, lengths: list[int]) -> None:
         if self.length is not None and any(each != self.length for each in lengths):

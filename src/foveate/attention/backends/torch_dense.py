@@ -33,6 +33,9 @@ def fused(
         grouped = q.shape[1] != k.shape[1]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
         return o, None
+    # The fused CPU kernel's log-sum-exp has no gradient.
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _explicit(q, k, v, scale=scale, mask=mask, causal=causal)
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.dtype != torch.float16 and k.shape[2] > 0:
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)

@@ -99,27 +99,25 @@ class FlexPrefill(Method):
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Bool [B, Hq, n, n], n = ceil(N / block)."""
-        B, Hq = q.shape[:2]
-        keys = block_means(k.float(), self.block).repeat_interleave(Hq // k.shape[1], 1).flatten(0, 1)
-        queries = block_means(q.float(), self.block).flatten(0, 1)
         last = q[:, :, -self.block :]
-        vertical, slash = (each.flatten(0, 1) for each in column_and_diagonal_mass(last, k, scale))
-        vb, sb = _block_sums(vertical, self.block), _block_sums(slash, self.block)
-        pooled = last.flatten(0, 1).float().mean(1, keepdim=True) * scale @ keys.transpose(1, 2)
-        aware = divergence(torch.softmax(pooled[:, 0], dim=-1), vb) < self.tau
-        n = keys.shape[1]
+        # Columns first, then diagonals, all heads of both in one go: [2, B * Hq, N].
+        mass = column_and_diagonal_mass(last, k, scale).flatten(1, 2)
+        pooled = F.pad(mass, (0, -mass.shape[-1] % self.block)).unflatten(-1, (-1, self.block)).sum(-1)
+        n = pooled.shape[-1]
         least = min(math.ceil(self.min_budget / self.block), n)
-        counts = [torch.where(aware, least, self._blocks(mass, n, least)) for mass in (vertical, slash)]
-        chosen = columns_and_diagonals(vb, sb, counts[0], counts[1])
+        most = n if self.max_budget is None else min(math.ceil(self.max_budget / self.block), n)
+        counts = covering_count(mass, self.gamma) // BUDGET_TOKENS_PER_BLOCK + 1
+        counts = counts.clamp(max=most).clamp(min=least)
+        if not self.tau:
+            return columns_and_diagonals(pooled, counts).unflatten(0, q.shape[:2])
+        keys = block_means(k.float(), self.block).repeat_interleave(q.shape[1] // k.shape[1], 1).flatten(0, 1)
+        estimate = last.flatten(0, 1).float().mean(1, keepdim=True) * scale @ keys.transpose(1, 2)
+        aware = divergence(torch.softmax(estimate[:, 0], dim=-1), pooled[0]) < self.tau
+        chosen = columns_and_diagonals(pooled, counts.masked_fill(aware, least))
+        queries = block_means(q.float(), self.block).flatten(0, 1)
         for head in aware.nonzero()[:, 0].tolist():
             chosen[head] |= self._pooled_map(queries[head], keys[head], scale)
-        return chosen.unflatten(0, (B, Hq))
-
-    def _blocks(self, mass: Tensor, n: int, least: int) -> Tensor:
-        """Blocks that each head takes of its mass [H, N]: int64 [H]."""
-        most = n if self.max_budget is None else min(math.ceil(self.max_budget / self.block), n)
-        blocks = covering_count(mass, self.gamma) // BUDGET_TOKENS_PER_BLOCK + 1
-        return blocks.clamp(max=most).clamp(min=least)
+        return chosen.unflatten(0, q.shape[:2])
 
     def _pooled_map(self, qb: Tensor, kb: Tensor, scale: float) -> Tensor:
         n = kb.shape[0]
@@ -130,41 +128,39 @@ class FlexPrefill(Method):
         return covering(weights.flatten(), self.gamma * n).view(n, n) & (weights > 0)
 
 
-def column_and_diagonal_mass(last: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Means over the last queries [B, Hq, m, D] of the weight on each of k [B, Hkv, N, D] (columns) and along each
-    diagonal: both [B, Hq, N] float32, made for some KV heads at a time.
+def column_and_diagonal_mass(last: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Means over the last queries [B, Hq, m, D] of the weight on each of k [B, Hkv, N, D], and of the weight along each
+    diagonal: [2, B, Hq, N] float32, made for some KV heads at a time.
 
     Entry c of the second is the diagonal whose keys lie N - 1 - c back, so the last entry is the main diagonal.
     """
     B, Hq, m, D = last.shape
     H, N = k.shape[1], k.shape[2]
     group = Hq // H
-    vertical, slash = (torch.empty(B, Hq, N, dtype=torch.float32, device=k.device) for _ in range(2))
-    future = torch.ones(m, m, dtype=torch.bool, device=k.device).triu(1)
+    made = torch.empty(2, B, Hq, N, dtype=torch.float32, device=k.device)
+    # The last query first: what `diagonal_sums` wants.
+    future = torch.ones(m, m, dtype=torch.bool, device=k.device).triu(1).flip(0)
+    backwards = last.flip(2)
     step = max(1, PIECE_BYTES // (4 * B * group * m * N))
     for first in range(0, H, step):
         keys = k[:, first : first + step]
         heads = slice(first * group, (first + keys.shape[1]) * group)
-        rows = last[:, heads].reshape(B, keys.shape[1], group * m, D)
+        rows = backwards[:, heads].reshape(B, keys.shape[1], group * m, D)
         scores = (rows @ keys.transpose(-1, -2)).float().mul_(scale).view(B, -1, m, N)
         scores[..., N - m :].masked_fill_(future, -torch.inf)
         weights = torch.softmax(scores, dim=-1)
-        vertical[:, heads] = weights.mean(2)
-        slash[:, heads] = diagonal_sums(weights) / m
-    return vertical, slash
+        made[0, :, heads] = weights.mean(2)
+        made[1, :, heads] = diagonal_sums(weights) / m
+    return made
 
 
-def diagonal_sums(weights: Tensor) -> Tensor:
-    """Sums of weights [..., m, N] along diagonals: entry c holds the entries N - 1 - c columns left of the main
-    diagonal, which ends in the last corner; entries right of it are not counted."""
-    m, N = weights.shape[-2:]
+def diagonal_sums(backwards: Tensor) -> Tensor:
+    """Sums of weights [..., m, N], the last row first, along diagonals: entry c holds the entries N - 1 - c columns
+    left of the main diagonal, which ends in the last corner; entries right of it are not counted."""
+    m, N = backwards.shape[-2:]
     # Rows of N + m read as rows of N + m - 1: each starts one column further right than the one before.
-    sheared = F.pad(weights.flip(-2), (0, m)).flatten(-2)[..., : m * (N + m - 1)]
+    sheared = F.pad(backwards, (0, m)).flatten(-2)[..., : m * (N + m - 1)]
     return sheared.unflatten(-1, (m, N + m - 1))[..., :N].sum(-2)
-
-
-def _block_sums(mass: Tensor, block: int) -> Tensor:
-    return F.pad(mass, (0, -mass.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -177,16 +173,16 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (0.5 * kl(p) + 0.5 * kl(q)).clamp_min(0).sqrt()
 
 
-def columns_and_diagonals(vb: Tensor, sb: Tensor, columns: Tensor, diagonals: Tensor) -> Tensor:
-    """Bool [H, n, n]: of each head the best `columns` [H] key blocks of vb [H, n] and `diagonals` [H] of sb [H, n]; the
-    first column and the main diagonal always."""
-    n = vb.shape[-1]
-    vb, sb = vb.clone(), sb.clone()
-    vb[:, 0], sb[:, -1] = torch.inf, torch.inf
-    rows = torch.arange(n, device=vb.device)
+def columns_and_diagonals(pooled: Tensor, counts: Tensor) -> Tensor:
+    """Bool [H, n, n]: of each head the best key blocks of pooled[0] [H, n] for every row, and the best block diagonals
+    of pooled[1], as many as counts [2, H] says; the first column and the main diagonal always."""
+    n = pooled.shape[-1]
+    pooled = pooled.clone()
+    pooled[0, :, 0] = pooled[1, :, -1] = torch.inf
+    columns, diagonals = top_mask(pooled, counts)
+    rows = torch.arange(n, device=pooled.device)
     offset = rows[:, None] - rows[None]
-    on_diagonal = top_mask(sb, diagonals)[:, (n - 1 - offset).clamp_max(n - 1)]
-    return (top_mask(vb, columns)[:, None] | on_diagonal) & (offset >= 0)
+    return (columns[:, None] | diagonals[:, (n - 1 - offset).clamp_max(n - 1)]) & (offset >= 0)
 
 
 def covering_count(weights: Tensor, mass: float) -> Tensor:
