@@ -13,6 +13,7 @@
     ├── ProfileError           a missing, damaged or foreign calibration profile
     ├── DataError              a user's file that cannot be read as documented
     ├── ResultsError           results that cannot be written or resumed
+    ├── HostMemoryError        the host has no memory left for cold keys    (MemoryError)
     └── MissingPackageError    an optional package is not installed         (ImportError)
 
 Each message says what was given, what is allowed and what to do.
@@ -71,6 +72,10 @@ class DataError(FoveateError, ValueError):
 
 class ResultsError(FoveateError, OSError):
     """Results could not be written, or do not belong to this run."""
+
+
+class HostMemoryError(FoveateError, MemoryError):
+    """The host has no memory left for cold keys and values."""
 
 
 class MissingPackageError(FoveateError, ImportError):

@@ -412,7 +412,9 @@ def _state_bytes(state: Any) -> int:
 
 
 def _state_batch(state: Any, index: Tensor, batch: int) -> Any:
-    """Select sequences in every batch-first tensor of a state."""
+    """Select sequences in every batch-first tensor of a state; a state that knows better has `reorder(index)`."""
+    if hasattr(state, "reorder"):
+        return state.reorder(index)
     if isinstance(state, Tensor):
         return state.index_select(0, index.to(state.device)) if state.dim() and state.shape[0] == batch else state
     if dataclasses.is_dataclass(state) and not isinstance(state, type):

@@ -28,14 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError, ShapeError, StateError
+from foveate.errors import HostMemoryError, ShapeError, StateError
 from foveate.methods.storage import slack
 
 CPU = torch.device("cpu")
-
-
-class HostMemoryError(FoveateError, MemoryError):
-    """The host has no memory left for cold keys and values."""
 
 
 class TierBytes(NamedTuple):
@@ -63,13 +59,10 @@ class HostTier:
     gathered: int = 0
 
     @classmethod
-    def put(
-        cls, keys: Tensor, values: Tensor, counts: Tensor | None = None, *, limit: int | None = None
-    ) -> HostTier:
+    def put(cls, keys: Tensor, values: Tensor, counts: Tensor | None = None, *, limit: int | None = None) -> HostTier:
         """A tier that holds a copy of keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] (counts as in `append`)."""
-        shapes = [(*x.shape[:2], 0, x.shape[3]) for x in (keys, values)]
-        empty = (torch.empty(shape, dtype=x.dtype) for shape, x in zip(shapes, (keys, values)))
-        tier = cls(*empty, torch.zeros(keys.shape[0], dtype=torch.int64), keys.device, limit)
+        none = [torch.empty(*x.shape[:2], 0, x.shape[3], dtype=x.dtype) for x in (keys, values)]
+        tier = cls(none[0], none[1], torch.zeros(keys.shape[0], dtype=torch.int64), keys.device, limit)
         tier.append(keys, values, counts)
         return tier
 
@@ -83,6 +76,8 @@ class HostTier:
         self._check(keys, values)
         B, M = keys.shape[0], keys.shape[2]
         counts = torch.full((B,), M) if counts is None else counts.cpu()
+        if counts.shape != (B,) or bool(((counts < 0) | (counts > M)).any()):
+            raise ShapeError(f"host tier: counts {counts.tolist()}, allowed: one of 0 to {M} for each of {B} sequences")
         end = int((self.length + counts).max())
         if end > self.keys.shape[2]:
             self._grow(end)
@@ -105,8 +100,8 @@ class HostTier:
             raise ShapeError(f"gather: index {list(index.shape)}, allowed: [{B}, a multiple of {heads}, K]")
         if bool((index >= self.length[:, None, None]).any()):
             raise StateError(
-                f"gather: row {int(index.max())} is not held; this tier holds {self.length.tolist()} rows per sequence: "
-                "the index is of another tier, or newer than it"
+                f"gather: row {int(index.max())} is not held, allowed: below {self.length.tolist()} per sequence; "
+                "the index is of another tier, or newer than this one"
             )
         H = index.shape[1]
         owner = torch.arange(B)[:, None] * heads + torch.arange(H) // (H // heads)
@@ -114,7 +109,9 @@ class HostTier:
         absent = (index < 0)[..., None]
         # An empty tier has no row that could stand for an absent one.
         held = self.keys.shape[2] > 0
-        keys, values = (self._pick(x, rows if held else rows[:0], index.shape, absent) for x in (self.keys, self.values))
+        keys, values = (
+            self._pick(x, rows if held else rows[:0], index.shape, absent) for x in (self.keys, self.values)
+        )
         self.gathered = _nbytes(keys) + _nbytes(values)
         return keys, values
 
@@ -128,21 +125,25 @@ class HostTier:
     def pieces(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """All rows, `size` at a time: the first row's number, keys and values [B, Hkv, <= size, D] on the device.
 
-        Rows at and beyond a sequence's own length hold nothing and must be masked.
+        Rows at and beyond a sequence's own length are zeros, and must be masked.
         """
         for start in range(0, self.longest, size):
             span = slice(start, min(start + size, self.longest))
-            parts = (x[:, :, span].to(self.device, non_blocking=True) for x in (self.keys, self.values))
-            yield start, *parts
+            keys, values = (x[:, :, span].to(self.device, non_blocking=True) for x in (self.keys, self.values))
+            beyond = (torch.arange(span.start, span.stop) >= self.length[:, None])[:, None, :, None]
+            if bool(beyond.any()):
+                # What was never written may be NaN, and a weight of 0 would not hide it.
+                beyond = beyond.to(self.device)
+                keys, values = keys.masked_fill(beyond, 0), values.masked_fill(beyond, 0)
+            yield start, keys, values
 
     def reorder(self, batch: Tensor) -> HostTier:
         """A tier with the sequences batch int64 [new B]."""
         batch = batch.cpu()
-        parts = []
-        for buffer in (self.keys, self.values):
-            made = self._empty((batch.numel(), *buffer.shape[1:]), buffer.dtype)
-            parts.append(torch.index_select(buffer, 0, batch, out=made))
-        return HostTier(*parts, self.length[batch], self.device, self.limit)
+        made = self._room(batch.numel(), self.keys.shape[2])
+        for buffer, new in zip((self.keys, self.values), made):
+            torch.index_select(buffer, 0, batch, out=new)
+        return HostTier(*made, self.length[batch], self.device, self.limit)
 
     def bytes(self) -> TierBytes:
         return TierBytes(self.gathered, _nbytes(self.keys) + _nbytes(self.values))
@@ -163,35 +164,27 @@ class HostTier:
 
     def _grow(self, rows: int) -> None:
         """Room for `rows` rows; both buffers are made before either is replaced."""
-        made = []
-        for buffer in (self.keys, self.values):
-            B, H, held, D = buffer.shape
-            grown = self._empty((B, H, rows + slack(rows), D), buffer.dtype)
-            grown[:, :, :held] = buffer
-            made.append(grown)
+        made = self._room(self.keys.shape[0], rows + slack(rows))
+        for buffer, grown in zip((self.keys, self.values), made):
+            grown[:, :, : buffer.shape[2]] = buffer
         self.keys, self.values = made
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        needed = math.prod(shape) * dtype.itemsize
-        # Keys and values are made one after the other, each within its half of the limit.
-        if self.limit is not None and 2 * needed > self.limit:
-            raise HostMemoryError(
-                f"host tier: {2 * needed} bytes are needed for keys and values, allowed: {self.limit}; raise the limit, "
-                "shorten the prompt or lower the batch"
-            )
+    def _room(self, batch: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Empty buffers for keys and values, or HostMemoryError."""
+        shapes = [(batch, buffer.shape[1], rows, buffer.shape[3]) for buffer in (self.keys, self.values)]
+        needed = sum(math.prod(shape) for shape in shapes) * self.keys.element_size()
+        what = f"host tier: {needed} bytes are needed for {rows} cold keys and values of {batch} sequences"
+        cure = "shorten the prompt, lower the batch, or free memory"
+        if self.limit is not None and needed > self.limit:
+            raise HostMemoryError(f"{what}, allowed: {self.limit}; raise the limit, or {cure}")
         free = available_bytes()
         if free is not None and needed > free:
-            raise HostMemoryError(
-                f"host tier: a buffer of {needed} bytes is needed, and {free} bytes of host memory are available; "
-                "shorten the prompt, lower the batch, or free memory"
-            )
+            raise HostMemoryError(f"{what}, and the host has {free} left; {cure}")
         try:
-            return torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
+            keys, values = (torch.empty(x, dtype=self.keys.dtype, pin_memory=self._pinned) for x in shapes)
         except RuntimeError as error:
-            raise HostMemoryError(
-                f"host tier: the machine gave no buffer of {needed} bytes{' of page-locked memory' * self._pinned}; "
-                "shorten the prompt, lower the batch, or free memory"
-            ) from error
+            raise HostMemoryError(f"{what}, and the allocator refused: {error}; {cure}") from error
+        return keys, values
 
 
 def _nbytes(x: Tensor) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch import Tensor
 from foveate.errors import ShapeError, StateError
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """What a search found.
 
     index: int64 [B, Hq, k], rows by falling inner product, -1 where a sequence has fewer.
@@ -42,7 +42,7 @@ class KeyIndex(ABC):
         """`search` without its checks."""
 
     @abstractmethod
-    def insert(self, keys: Tensor, length: Tensor, queries: Tensor | None) -> None:
+    def insert(self, keys: Tensor, length: Tensor, queries: Tensor | None, real: Tensor | None) -> None:
         """Take in the rows self.length[b] <= j < length[b] of every sequence."""
 
     @property
@@ -61,14 +61,15 @@ class KeyIndex(ABC):
         self.check_current(length)
         return self.find(q, keys, count, max(beam, count))
 
-    def append(self, keys: Tensor, length: Tensor, queries: Tensor | None = None) -> None:
-        """Take in new keys, up to `length` [B]; queries [B, Hq, M, D] that came with them help where they can."""
+    def append(self, keys: Tensor, length: Tensor, queries: Tensor | None = None, real: Tensor | None = None) -> None:
+        """Take in new keys, up to `length` [B]; queries [B, Hq, M, D] that came with them, of which real [B, M] exist
+        (None: all), help where they can."""
         if self.length.shape != length.shape or bool((length < self.length).any()):
             raise StateError(
                 f"the index holds {self.length.tolist()} keys per sequence and cannot go back to {length.tolist()}; "
                 "build a new one"
             )
-        self.insert(keys, length, queries)
+        self.insert(keys, length, queries, real)
         self.length = length.clone()
 
     def check_current(self, length: Tensor) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.attention.scoring import query_scores
 from foveate.methods.index.base import Found, KeyIndex
-from foveate.methods.select.scores import query_scores
 
 
 @dataclass
@@ -16,7 +16,7 @@ class FlatIndex(KeyIndex):
     """Scores all keys and takes the best; of equals any. O(n D) per query, no memory."""
 
     @classmethod
-    def build(cls, keys: Tensor, length: Tensor, queries: Tensor) -> FlatIndex:
+    def build(cls, keys: Tensor, length: Tensor) -> FlatIndex:
         return cls(length.clone())
 
     def find(self, q: Tensor, keys: Tensor, count: int, beam: int) -> Found:
@@ -27,7 +27,7 @@ class FlatIndex(KeyIndex):
         index = best.indices.masked_fill(best.values == -torch.inf, -1)
         return Found(index, self.length[:, None].expand(q.shape[:2]).clone())
 
-    def insert(self, keys: Tensor, length: Tensor, queries: Tensor | None) -> None:
+    def insert(self, keys: Tensor, length: Tensor, queries: Tensor | None, real: Tensor | None) -> None:
         """Nothing to do: the keys themselves are the index."""
 
     @property

@@ -9,6 +9,7 @@ reordered share graphs until they take in new keys; then each has its own.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,18 @@ from foveate.errors import MissingPackageError
 from foveate.methods.index.base import Found, KeyIndex
 
 
-def new_graph(width: int, degree: int) -> Any:
+def check_installed() -> None:
+    """Raise MissingPackageError unless usearch can be imported."""
     try:
-        from usearch.index import Index, MetricKind
+        importlib.import_module("usearch.index")
     except ImportError as error:
-        raise MissingPackageError("usearch", "the index 'usearch'", 'pip install "foveate[ann]"') from error
+        raise MissingPackageError("usearch", "the index 'usearch'", "pip install 'foveate[ann]'") from error
+
+
+def new_graph(width: int, degree: int) -> Any:
+    check_installed()
+    from usearch.index import Index, MetricKind
+
     return Index(ndim=width, metric=MetricKind.IP, dtype="f32", connectivity=degree // 2)
 
 
@@ -38,7 +46,7 @@ class UsearchIndex(KeyIndex):
     graphs: list[list[Any]]
 
     @classmethod
-    def build(cls, keys: Tensor, length: Tensor, queries: Tensor, *, degree: int = 32) -> UsearchIndex:
+    def build(cls, keys: Tensor, length: Tensor, *, degree: int = 32) -> UsearchIndex:
         B, H, _, D = keys.shape
         graphs = [[new_graph(D, degree) for _ in range(H)] for _ in range(B)]
         made = cls(torch.zeros_like(length), torch.arange(B), graphs)
@@ -68,7 +76,7 @@ class UsearchIndex(KeyIndex):
                 scanned[b, h] = found.computed_distances
         return Found(index, scanned)
 
-    def insert(self, keys: Tensor, length: Tensor, queries: Tensor | None) -> None:
+    def insert(self, keys: Tensor, length: Tensor, queries: Tensor | None, real: Tensor | None) -> None:
         self._own()
         for b, (start, stop) in enumerate(zip(self.length.tolist(), length.tolist())):
             for h, graph in enumerate(self.graphs[b]):

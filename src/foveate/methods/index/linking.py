@@ -27,8 +27,12 @@ ANCHORS = 8192
 def nearest_keys(queries: Tensor, keys: Tensor, count: int) -> Tensor:
     """The `count` keys with the largest inner product of each query: int64 [m, count], best first. O(m n D)."""
     count, block = min(count, keys.shape[0]), max(1, BLOCK_ENTRIES // max(1, keys.shape[0]))
-    parts = [(part @ keys.T).topk(count, dim=-1).indices for part in queries.split(block)]
-    return torch.cat(parts) if parts else torch.empty(0, count, dtype=torch.int64, device=keys.device)
+    nearest = torch.empty(queries.shape[0], count, dtype=torch.int64, device=keys.device)
+    # One buffer for all blocks: a fresh one each time costs as much in page faults as its product.
+    scores = keys.new_empty(min(block, queries.shape[0]), keys.shape[0])
+    for part, out in zip(queries.split(block), nearest.split(block)):
+        out.copy_(torch.mm(part, keys.T, out=scores[: part.shape[0]]).topk(count, dim=-1).indices)
+    return nearest
 
 
 def link(links: Tensor, keys: Tensor, queries: Tensor, *, neighbours: int, pivots: int) -> Tensor:
