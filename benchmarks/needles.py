@@ -61,19 +61,24 @@ def main() -> None:
     parser.add_argument("--lengths", default="2048,4096")
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--query-agnostic", action="store_true")
+    parser.add_argument("--methods", nargs="*", help="only those whose spec contains one of these words")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--variants", action="store_true", help="other windows and bases instead of every method")
     parser.add_argument("--model", default=None)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cells", default="foveate-report/needles")
     parser.add_argument("--out", default=str(RESULTS))
     given = parser.parse_args()
-    model, tokenizer = load_model(given.model, dtype=given.dtype)
+    model, tokenizer = load_model(given.model, dtype=given.dtype, device=given.device)
     rows, comparison = [], None
     for length in (int(each) for each in given.lengths.split(",")):
+        methods = (variants_for if given.variants else methods_for)(length, given.share)
+        if given.methods:
+            methods = [each for each in methods if any(word in each for word in given.methods)]
         comparison = compare(
             model,
             tokenizer,
-            (variants_for if given.variants else methods_for)(length, given.share),
+            methods,
             ["passkey", "niah-single"],
             [length],
             range(given.first_seed, given.first_seed + given.seeds),

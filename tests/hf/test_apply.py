@@ -328,3 +328,9 @@ def test_sliding_window_boundary_key() -> None:
     v = torch.eye(8)[None, None]
     weights = attend(q, k, v, window=3 - 1)
     assert bool((weights[0, 0, 7] > 0).tolist() == [False] * 5 + [True] * 3)
+
+
+def test_a_choice_per_query_head_cannot_be_selected_from() -> None:
+    with pytest.raises(CompositionError, match="different numbers of keys"):
+        create("snapkv:per_query_head=true+quest")
+    create("snapkv+quest")

@@ -55,6 +55,11 @@ class SnapKV(WindowVotes):
         if self.ratio is None and self.budget <= self.window:
             raise self.refuse("budget", f"> window={self.window}, which is part of it")
 
+    @property
+    def ragged(self) -> bool:  # type: ignore[override]
+        """The union of what a group's query heads keep differs from group to group."""
+        return self.per_query_head
+
     def head_votes(self, step: Step) -> Tensor:
         """Votes per query head, window columns last and highest: [B, Hq, N]."""
         weights = window_weights(step, self.window).sum(2)
