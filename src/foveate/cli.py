@@ -219,6 +219,38 @@ def train(config: Annotated[Path, typer.Argument(help="a TOML file, see docs/tra
 
 
 @app.command()
+def convert(
+    model: Annotated[str | None, typer.Argument(help="folder or hub name; default: the bundled model")] = None,
+    to: Annotated[str, typer.Option(help="the mixer that takes the attention layers' place")] = "hedgehog",
+    layers: Annotated[str | None, typer.Option(help="which layers, e.g. 1,3,5; default: by ratio")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="text files to train on; default: Python's manual")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe, several")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the converted model")] = Path("foveate-converted"),
+    dtype: Dtype = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: as the model comes")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn attention layers of a pretrained model into linear mixers: distillation, then LoRA."""
+    from foveate.lm.convert import run_convert
+
+    made = run_convert(
+        model=model,
+        to=to,
+        layers=layers,
+        text=[str(each) for each in text or ()],
+        settings=settings or (),
+        out=out,
+        dtype=dtype,
+        device=device,
+        progress=not as_json,
+    )
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        _stdout().print(str(made), highlight=False)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="decode, or all of benchmarks/ by file name")] = "decode",
     model: Model = None,

@@ -26,6 +26,8 @@ GROUPS = (
     "kv_retrieval",
     "kv_hcam",
     "mixers_softmaxlike",
+    "mixers_features",
+    "mixers_titans",
     "mixers_dsf",
     "mixers_linear_vision",
     "mixers_spikingbrain",

@@ -36,7 +36,7 @@ Linear = Callable[[int, Tensor], Tensor]
 Network = Callable[[Linear, Tensor], Tensor]
 
 # As in backends/linear_decays.py: exp of it is 0 in float64.
-_LOWEST = -1000.0
+LOWEST = -1000.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def weight_state_scan(
     rates = rate if isinstance(rate, tuple) else (rate,) * len(state.weights)
     rates = tuple(_rows(r, dtype) for r in rates)
     decay, momentum_decay = (
-        None if x is None else x.double().clamp(min=_LOWEST).transpose(1, 2) for x in (g, momentum_g)
+        None if x is None else x.double().clamp(min=LOWEST).transpose(1, 2) for x in (g, momentum_g)
     )
     weights, momentum = (tuple(w.to(dtype) for w in group) for group in (state.weights, state.momentum))
     base, phase = state.base, state.phase
@@ -137,7 +137,7 @@ def weight_state_scan(
         )
         inputs, deltas = _gradients(network, base, kc, vc, loss_gradient)
         rows = tuple(r[:, :, piece] for r in rates)
-        step = (_ReadingPiece if rate_of == "reading" else _Piece)(weights, momentum, inputs, deltas, rows, factors)
+        step = (_ReadingPiece if rate_of == "reading" else Piece)(weights, momentum, inputs, deltas, rows, factors)
         outputs.append((read or network)(step.linear, qc))
         weights, momentum = step.after()
         phase += piece.stop - start
@@ -154,12 +154,12 @@ def weight_state_scan(
 def weight_state_read(network: Network, state: WeightState, q: Tensor) -> Tensor:
     """M_W(q) with the weights as they stand: q [B, T, H, D] -> [B, T, H, D'], nothing is written."""
     dtype = state.weights[0].dtype
-    y = network(lambda layer, x: _apply(x, state.weights[layer]), q.to(dtype).transpose(1, 2))
+    y = network(lambda layer, x: apply_rule(x, state.weights[layer]), q.to(dtype).transpose(1, 2))
     return y.transpose(1, 2).to(q.dtype)
 
 
 @dataclass(frozen=True)
-class _Factors:
+class Factors:
     """Scalars of one piece: G [B, H, C, C]; b, and with momentum m, f and n = m_C / m_j, [B, H, C, 1]."""
 
     G: Tensor
@@ -169,19 +169,19 @@ class _Factors:
     n: Tensor | None = None
 
 
-def _factors(g: Tensor | None, momentum_g: Tensor | None, like: Tensor) -> _Factors:
+def _factors(g: Tensor | None, momentum_g: Tensor | None, like: Tensor) -> Factors:
     decay_sum = like.new_zeros(like.shape[:3], dtype=torch.float64) if g is None else g.cumsum(-1)
-    between = _ratios(decay_sum, like.dtype)
+    between = decay_ratios(decay_sum, like.dtype)
     b = decay_sum.exp().to(like.dtype).unsqueeze(-1)
     if momentum_g is None:
-        return _Factors(between, b)
+        return Factors(between, b)
     momentum_sum = momentum_g.cumsum(-1)
-    ratios = _ratios(momentum_sum, like.dtype)
+    ratios = decay_ratios(momentum_sum, like.dtype)
     m = momentum_sum.exp().to(like.dtype).unsqueeze(-1)
-    return _Factors(between @ ratios, b, m, between @ m, ratios[:, :, -1, :, None])
+    return Factors(between @ ratios, b, m, between @ m, ratios[:, :, -1, :, None])
 
 
-def _ratios(total: Tensor, dtype: torch.dtype) -> Tensor:
+def decay_ratios(total: Tensor, dtype: torch.dtype) -> Tensor:
     """exp(total_i - total_j) for i >= j, else 0."""
     C = total.shape[-1]
     later = torch.ones(C, C, dtype=torch.bool, device=total.device).triu(1)
@@ -190,7 +190,7 @@ def _ratios(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Tokens of one chunk: the weights before them, the layers' inputs and deltas, and how they weigh."""
 
     weights: Weights
@@ -198,14 +198,14 @@ class _Piece:
     inputs: Weights
     deltas: Weights
     rates: Weights
-    factors: _Factors
+    factors: Factors
 
     def linear(self, layer: int, x: Tensor) -> Tensor:
         """Row i of x through layer `layer` as it is after token i."""
         factors = self.factors
-        y = factors.b * _apply(x, self.weights[layer])
+        y = factors.b * apply_rule(x, self.weights[layer])
         if factors.f is not None:
-            y = y + factors.f * _apply(x, self.momentum[layer])
+            y = y + factors.f * apply_rule(x, self.momentum[layer])
         return y - self._change(layer, x, self.deltas[layer] * self.rates[layer])
 
     def after(self) -> tuple[Weights, Weights]:
@@ -234,13 +234,13 @@ class _Piece:
         return (rows * steps).sum(-2) if self.weights[layer].dim() == 3 else rows.transpose(-1, -2) @ steps
 
 
-class _ReadingPiece(_Piece):
+class _ReadingPiece(Piece):
     """The reading token's rate: `momentum` keeps the chunk's steps, not yet multiplied by any rate."""
 
     def linear(self, layer: int, x: Tensor) -> Tensor:
         b = self.factors.b
-        steps = b * _apply(x, self.momentum[layer]) - self._change(layer, x, self.deltas[layer])
-        return b * _apply(x, self.weights[layer]) + self.rates[layer] * steps
+        steps = b * apply_rule(x, self.momentum[layer]) - self._change(layer, x, self.deltas[layer])
+        return b * apply_rule(x, self.weights[layer]) + self.rates[layer] * steps
 
     def after(self) -> tuple[Weights, Weights]:
         factors = self.factors
@@ -262,7 +262,7 @@ def _scale(factor: Tensor, w: Tensor) -> Tensor:
     return w * (last if w.dim() == 3 else last.unsqueeze(-1))
 
 
-def _apply(x: Tensor, w: Tensor) -> Tensor:
+def apply_rule(x: Tensor, w: Tensor) -> Tensor:
     return x * w.unsqueeze(-2) if w.dim() == 3 else x @ w
 
 
@@ -290,7 +290,7 @@ def _gradients(
         def linear(layer: int, x: Tensor) -> Tensor:
             if layer in inputs:
                 raise OptionError(f"the network calls linear({layer}, x) twice, allowed: once for each weight")
-            z = _apply(x, weights[layer])
+            z = apply_rule(x, weights[layer])
             if not z.requires_grad:
                 z.requires_grad_()
             inputs[layer], results[layer] = x, z
