@@ -41,6 +41,9 @@ def test_list_and_show_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (("bench", "nonsense"), "there is no benchmark"),
         (("compare", "--seeds", "0"), "--seeds"),
         (("generate", "x", "--dtype", "int3"), "allowed: ('float32'"),
+        (("convert", "--layers", "one"), "whole numbers separated by commas"),
+        (("convert", "--set", "ratoi=1"), "ratoi"),
+        (("tune", "--tables", "dense"), "allowed: decode, blocks, scan"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

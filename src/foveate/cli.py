@@ -272,6 +272,25 @@ def bench(
         result.to_json(out)
 
 
+@app.command()
+def tune(
+    tables: Annotated[str, typer.Option(help="which kernels: decode, blocks, scan")] = "decode blocks scan",
+    head_dims: Annotated[str, typer.Option(help="head widths, separated by commas")] = "64,128",
+    lengths: Annotated[str, typer.Option(help="numbers of keys, separated by commas")] = "4096,32768,131072",
+    as_json: AsJson = False,
+) -> None:
+    """Find launch configurations for this GPU; only those that are correct here are kept."""
+    from foveate.compare.tune import tune as run_tuning
+
+    trials = run_tuning(_words(tables), head_dims=_numbers(head_dims), lengths=_numbers(lengths), progress=not as_json)
+    if as_json:
+        _print_json([{**each.entry(), "failed": each.failed} for each in trials])
+        return
+    for each in trials:
+        found = each.failed or f"{each.us:.1f} us, error {each.error:.1e}"
+        _stdout().print(f"{each.table} {each.key} {each.config}: {found}", highlight=False, markup=False)
+
+
 def _words(text: str | None) -> list[str]:
     return [each for each in (text or "").replace(";", " ").split() if each]
 

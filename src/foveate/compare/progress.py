@@ -14,6 +14,8 @@ class Silent:
 
     def at(self, group: Group, seed: int) -> None: ...
 
+    def now(self, what: str) -> None: ...
+
     def step(self, count: int) -> None: ...
 
     def say(self, text: str) -> None: ...
@@ -28,6 +30,9 @@ class Bar(Silent):
 
     def at(self, group: Group, seed: int) -> None:
         self._progress.update(self._task, description=f"{group.task} {group.length:,}  {group.method}  seed {seed}")
+
+    def now(self, what: str) -> None:
+        self._progress.update(self._task, description=what)
 
     def step(self, count: int) -> None:
         self._progress.advance(self._task, count)
