@@ -33,6 +33,7 @@ KINDS: dict[str, str] = {
     "reweigh": "how attention weights are changed",
     "quantize": "how stored keys and values are coded",
     "mixer": "a trainable token mixer",
+    "adapter": "a trained memory or processor around a pretrained model",
     "finetune": "an attention pattern for fine-tuning",
     "probe": "a measurement of attention",
     "task": "makes prompts with known answers and scores outputs",

@@ -37,7 +37,7 @@ v = torch.randn(1, 5, 4, 3)
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, ShapeError, "int32 or int64"),
         ({"cu_seqlens": torch.tensor([0, 2, 5]), "initial_state": torch.zeros(1, 4, 4, 3)}, StateError, r"\[2, 4"),
         ({"backend": "cuda"}, BackendError, r"backend='cuda', allowed: \('auto', 'reference'"),
-        ({"backend": "triton"}, BackendError, r"q is on cpu; foveate.attention.backends.triton.scan needs CUDA"),
+        ({"backend": "triton"}, BackendError, r"q is on cpu; the Triton kernels need CUDA"),
     ],
 )
 def test_bad_input_is_named(change, error, message):

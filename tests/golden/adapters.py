@@ -23,6 +23,7 @@ GROUPS = (
     "linear_primitives",
     "mixers_linear",
     "kv_landmark",
+    "kv_sinklora",
     "kv_retrieval",
     "kv_hcam",
     "mixers_softmaxlike",

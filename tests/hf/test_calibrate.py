@@ -228,7 +228,7 @@ def test_error_of_eviction_is_the_relative_change_of_the_layers_output(model: An
 
 
 def test_refusals_come_before_any_work(model: Any, tmp_path: Path) -> None:
-    assert calibration_names() == ["compresskv", "duo", "moa", "razor", "retrieval-heads"]
+    assert calibration_names() == ["compresskv", "duo", "echoatt", "moa", "razor", "retrieval-heads", "tca"]
     with pytest.raises(UnknownNameError, match="no calibration 'due'; did you mean duo"):
         calibrate("due", model, ToyTokenizer())
     with pytest.raises(UnknownNameError, match="calibration 'duo' has no option 'step'; did you mean"):

@@ -19,13 +19,11 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -40,7 +38,8 @@ from foveate.errors import BackendError, OptionError, ShapeError
 
 NAMES = ("auto", "reference", "torch", "triton")
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
-_TRITON = "foveate.attention.backends.triton.scan"
+# Asked once: torch.compile cannot trace the question.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 Result = tuple[Tensor, Tensor | None]
 
 
@@ -54,16 +53,16 @@ class Backend:
 
 
 def _triton() -> ModuleType:
-    return importlib.import_module(_TRITON)
+    from foveate.attention.backends.triton import scan
+
+    return scan
 
 
 def _why_not_triton(call: LinearCall) -> str | None:
     if call.q.device.type != "cuda":
-        return f"q is on {call.q.device.type}; {_TRITON} needs CUDA"
-    if importlib.util.find_spec("triton") is None:
+        return f"q is on {call.q.device.type}; the Triton kernels need CUDA"
+    if not _HAS_TRITON:
         return "the package triton is not installed"
-    if not (Path(__file__).parent / "backends" / "triton" / "scan.py").exists():
-        return f"the module {_TRITON} is not in this installation"
     return _triton().why_not(call)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from foveate.errors import FoveateError, UnsupportedCacheError, UnsupportedModelError
 from foveate.hf import compat
-from foveate.hf.attention import NAME, Runtime, Slot, end_prompt, note_padding, pre_hook, register
+from foveate.hf.attention import NAME, TUNING, Runtime, Slot, end_prompt, note_padding, pre_hook, register
 from foveate.hf.graph import GraphedForward
 from foveate.hf.identity import identify
 from foveate.hf.layer import FoveateLayer
@@ -89,6 +89,8 @@ class Run:
             self._before[id(config)] = (config, config._attn_implementation)
         for own, _ in self._before.values():
             own._attn_implementation = NAME
+        if any(before == TUNING for _, before in self._before.values()):
+            raise UnsupportedModelError("a fine-tuning pattern is on this model; leave its context first")
         if config._attn_implementation != NAME:
             raise UnsupportedModelError(f"{type(self.model).__name__} does not let its attention be replaced")
 

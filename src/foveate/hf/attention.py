@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from foveate.attention.positions import Positions
 from foveate.attention.softmax import attend
 from foveate.errors import UnsupportedCacheError, UnsupportedModelError
 from foveate.hf import compat
 from foveate.hf.layer import FoveateLayer
-from foveate.hf.masks import padding_mask, positions_of
+from foveate.hf.masks import columns, padding_mask, positions_of
 from foveate.hf.rope import ModelRope
 from foveate.methods.base import Method, execute, finish_prompt
 from foveate.methods.cache import LayerCache
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from foveate.hf.graph import FlatLayer
 
 NAME = "foveate"
+TUNING = "foveate-tuning"
 
 
 @dataclass
@@ -38,6 +37,8 @@ class Runtime:
     stores: list[LayerCache] = field(default_factory=list)
     cache: Any = None
     request: RunState = field(default_factory=RunState)
+    # Shared by the layers of one forward without a cache.
+    loose: RunState = field(default_factory=RunState)
     mask_seen: tuple[Tensor, int, Tensor] | None = None
 
     def positions(self, mask: Tensor | None, m: int) -> Tensor | None:
@@ -169,7 +170,9 @@ def _step(
         if positions is not None:
             store.mark_holes()
         store.append(key, value, positions)
-        request = RunState()
+        if slot.layer == 0:
+            runtime.loose = RunState()
+        request = runtime.loose
     else:
         store = slot.cache_layer.store
     return Step(
@@ -201,13 +204,7 @@ def _sliding(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None, options: dict[str, Any]
 ) -> Tensor:
     """A layer with the model's own sliding window and cache: exact attention over what it handed us."""
-    M, N = query.shape[2], key.shape[2]
-    if mask is None:
-        positions = Positions()
-    else:
-        columns = mask.shape[1]
-        at = torch.arange(columns, device=query.device)[None].expand_as(mask).masked_fill(~mask, -1)
-        positions = Positions(at[:, -M:], at[:, None, -N:], holes=True)
+    positions = columns(mask, query.shape[2], key.shape[2])
     out = attend(query, key, value, positions=positions, window=window, **options)
     return out.transpose(1, 2).contiguous()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.attention.positions import Positions
 from foveate.errors import UnsupportedModelError
 
 _SERVED = ("causal_mask_function", "sliding_window_overlay", "and_masks")
@@ -50,6 +51,14 @@ def _parts(function: Callable[..., Any]) -> list[str]:
             if callable(each):
                 found += _parts(each)
     return found
+
+
+def columns(mask: Tensor | None, m: int, n: int) -> Positions:
+    """Positions of m queries, the last of n keys, under a padding mask [B, n]."""
+    if mask is None:
+        return Positions()
+    at = torch.arange(mask.shape[1], device=mask.device)[None].expand_as(mask).masked_fill(~mask, -1)
+    return Positions(at[:, -m:], at[:, None, -n:], holes=True)
 
 
 def positions_of(mask: Tensor, m: int) -> Tensor:

@@ -16,13 +16,16 @@ read the minimum of columns and diagonals, the budget of tokens becomes blocks b
 and a diagonal's offset covers one block diagonal only. Differs from the code: zero probabilities count as 0 log 0 = 0
 in the divergence (there they make NaN and the head falls to columns and diagonals). Serves prompts that stand alone
 (nothing stored before; each row of a left-padded batch by itself); other steps, layers with a sliding window, and
-prompts of at most max(2 block, min_budget) tokens, are dense.
+prompts of at most max(2 block, min_budget) tokens, are dense. On a GPU with Triton, kernels compute v and s in float32
+(attention/backends/triton/last_queries.py) and list the blocks (block_lists.py); with tau = 0 and least and most budget
+equal the host never waits for them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -95,29 +98,45 @@ class FlexPrefill(Method):
 
     def block_plan(self, q: Tensor, k: Tensor, scale: float) -> Blocks:
         """The blocks of q [B, Hq, N, D] and k [B, Hkv, N, D], rotated: a plan of Hq heads, exact causal inside."""
-        return Blocks.from_mask(self.block_map(q, k, scale), block_m=self.block, block_n=self.block)
+        choice = self._choice(q, k, scale)
+        if choice.maps or not has_kernels(q[:, :, -self.block :], k):
+            return Blocks.from_mask(choice.mask(q.shape[0]), block_m=self.block, block_n=self.block, own_last=True)
+        from foveate.attention.backends.triton import block_lists
+
+        lists = block_lists.columns_and_diagonals(
+            choice.pooled, choice.counts, most=choice.most, batch=q.shape[0], tokens=q.shape[2], block=self.block
+        )
+        return Blocks.from_lowered(lists, own_last=True)
 
     def block_map(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Bool [B, Hq, n, n], n = ceil(N / block)."""
-        last = q[:, :, -self.block :]
-        # Columns first, then diagonals, all heads of both in one go: [2, B * Hq, N].
-        mass = column_and_diagonal_mass(last, k, scale).flatten(1, 2)
-        pooled = F.pad(mass, (0, -mass.shape[-1] % self.block)).unflatten(-1, (-1, self.block)).sum(-1)
-        n = pooled.shape[-1]
+        return self._choice(q, k, scale).mask(q.shape[0])
+
+    def _choice(self, q: Tensor, k: Tensor, scale: float) -> Choice:
+        n = math.ceil(k.shape[2] / self.block)
         least = min(math.ceil(self.min_budget / self.block), n)
         most = n if self.max_budget is None else min(math.ceil(self.max_budget / self.block), n)
-        counts = covering_count(mass, self.gamma) // BUDGET_TOKENS_PER_BLOCK + 1
-        counts = counts.clamp(max=most).clamp(min=least)
+        most = max(least, most)
+        last = q[:, :, -self.block :]
+        counts: int | Tensor = least
+        if least == most:
+            pooled = pooled_mass(last, k, scale, self.block)
+        else:
+            mass = column_and_diagonal_mass(last, k, scale).flatten(1, 2)
+            pooled = sums_of_blocks(mass, self.block)
+            counts = covering_count(mass, self.gamma) // BUDGET_TOKENS_PER_BLOCK + 1
+            counts = counts.clamp(min=least, max=most)
         if not self.tau:
-            return columns_and_diagonals(pooled, counts).unflatten(0, q.shape[:2])
+            return Choice(pooled, counts, most)
         keys = block_means(k.float(), self.block).repeat_interleave(q.shape[1] // k.shape[1], 1).flatten(0, 1)
         estimate = last.flatten(0, 1).float().mean(1, keepdim=True) * scale @ keys.transpose(1, 2)
         aware = divergence(torch.softmax(estimate[:, 0], dim=-1), pooled[0]) < self.tau
-        chosen = columns_and_diagonals(pooled, counts.masked_fill(aware, least))
-        queries = block_means(q.float(), self.block).flatten(0, 1)
-        for head in aware.nonzero()[:, 0].tolist():
-            chosen[head] |= self._pooled_map(queries[head], keys[head], scale)
-        return chosen.unflatten(0, q.shape[:2])
+        if isinstance(counts, Tensor):
+            counts = counts.masked_fill(aware, least)
+        heads = aware.nonzero()[:, 0].tolist()
+        queries = block_means(q.float(), self.block).flatten(0, 1) if heads else keys
+        maps = {head: self._pooled_map(queries[head], keys[head], scale) for head in heads}
+        return Choice(pooled, counts, most, maps)
 
     def _pooled_map(self, qb: Tensor, kb: Tensor, scale: float) -> Tensor:
         n = kb.shape[0]
@@ -128,12 +147,60 @@ class FlexPrefill(Method):
         return covering(weights.flatten(), self.gamma * n).view(n, n) & (weights > 0)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What every head of every sequence reads.
+
+    pooled: [2, B * Hq, n] float32, masses of block columns and of block diagonals; counts: how many of each are taken,
+    one number or int64 [2, B * Hq], at most `most`; maps: bool [n, n] of each query-aware head, read besides.
+    """
+
+    pooled: Tensor
+    counts: int | Tensor
+    most: int
+    maps: dict[int, Tensor] = field(default_factory=dict)
+
+    def mask(self, batch: int) -> Tensor:
+        """Bool [B, Hq, n, n]."""
+        chosen = columns_and_diagonals(self.pooled, self.counts)
+        for head, read in self.maps.items():
+            chosen[head] |= read
+        return chosen.unflatten(0, (batch, -1))
+
+
+def has_kernels(last: Tensor, k: Tensor) -> bool:
+    """Whether Triton computes the masses of these last queries and lists the blocks."""
+    if not k.is_cuda or importlib.util.find_spec("triton") is None:
+        return False
+    from foveate.attention.backends.triton import last_queries
+
+    return last_queries.why_not(last, k) is None
+
+
+def sums_of_blocks(mass: Tensor, block: int) -> Tensor:
+    """[..., N] -> [..., ceil(N / block)]."""
+    return F.pad(mass, (0, -mass.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+
+
+def pooled_mass(last: Tensor, k: Tensor, scale: float, block: int) -> Tensor:
+    """`column_and_diagonal_mass` summed over blocks: [2, B * Hq, ceil(N / block)]."""
+    if last.shape[2] == block and has_kernels(last, k):
+        from foveate.attention.backends.triton import last_queries
+
+        return last_queries.column_and_diagonal_mass(last, k, scale=scale, pooled=True).flatten(1, 2)
+    return sums_of_blocks(column_and_diagonal_mass(last, k, scale), block).flatten(1, 2)
+
+
 def column_and_diagonal_mass(last: Tensor, k: Tensor, scale: float) -> Tensor:
     """Means over the last queries [B, Hq, m, D] of the weight on each of k [B, Hkv, N, D], and of the weight along each
     diagonal: [2, B, Hq, N] float32, made for some KV heads at a time.
 
     Entry c of the second is the diagonal whose keys lie N - 1 - c back, so the last entry is the main diagonal.
     """
+    if has_kernels(last, k):
+        from foveate.attention.backends.triton import last_queries
+
+        return last_queries.column_and_diagonal_mass(last, k, scale=scale)
     B, Hq, m, D = last.shape
     H, N = k.shape[1], k.shape[2]
     group = Hq // H
@@ -173,9 +240,9 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (0.5 * kl(p) + 0.5 * kl(q)).clamp_min(0).sqrt()
 
 
-def columns_and_diagonals(pooled: Tensor, counts: Tensor) -> Tensor:
+def columns_and_diagonals(pooled: Tensor, counts: int | Tensor) -> Tensor:
     """Bool [H, n, n]: of each head the best key blocks of pooled[0] [H, n] for every row, and the best block diagonals
-    of pooled[1], as many as counts [2, H] says; the first column and the main diagonal always."""
+    of pooled[1], as many as counts, a number or [2, H], says; the first column and the main diagonal always."""
     n = pooled.shape[-1]
     pooled = pooled.clone()
     pooled[0, :, 0] = pooled[1, :, -1] = torch.inf

@@ -15,8 +15,8 @@ Papers: LongLoRA, Chen et al. 2023 (arXiv 2309.12307); SinkLoRA, Zhang 2024 (arX
     a length that G does not divide ends in a shorter group; the authors of LongLoRA refuse it.
     SinkLoRA's code does not hold its attention. Which heads return (the last), their share (half), the number of sinks
     (4) and that sinks are read by all but read causally themselves are this library's reading of the paper.
-    variant="roll" is LongLoRA's path without its kernel: groups are cut from the rolled text, so that the last one holds
-    the text's end and beginning and the first G / 2 tokens read FUTURE tokens. For comparison only.
+    variant="roll" is LongLoRA's path without its kernel: groups are cut from the rolled text, so that the last one
+    holds the text's end and beginning, and the first G / 2 tokens read FUTURE tokens. For comparison only.
 """
 
 from __future__ import annotations
