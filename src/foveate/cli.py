@@ -251,6 +251,35 @@ def convert(
 
 
 @app.command()
+def study(
+    mixers: Annotated[str | None, typer.Option(help="specs separated by spaces or ';'; default: all causal")] = None,
+    task: Annotated[str, typer.Option(help="mqar or language")] = "mqar",
+    ratios: Annotated[str, typer.Option(help="hybrids: layers per one of full attention, e.g. 3,1")] = "",
+    text: Annotated[list[str] | None, typer.Option(help="for language: text files")] = None,
+    out: Annotated[Path, typer.Option(help="folder for cells, study.json and study.html")] = Path("foveate-study"),
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
+    minutes: Annotated[float | None, typer.Option(help="when to stop; what is missing is listed")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the study, several")] = None,
+) -> None:
+    """Train small models of mixers and of hybrids: recall or perplexity against bytes of state."""
+    from foveate.compare.study import study_command
+
+    done = study_command(
+        _words(mixers),
+        task=task,
+        ratios=_numbers(ratios, "--ratios"),
+        text=text or (),
+        out=out,
+        workers=workers,
+        minutes=minutes,
+        device=device,
+        settings=settings or (),
+    )
+    _stdout().print(done.table())
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="decode, or all of benchmarks/ by file name")] = "decode",
     model: Model = None,
@@ -282,7 +311,9 @@ def tune(
     """Find launch configurations for this GPU; only those that are correct here are kept."""
     from foveate.compare.tune import tune as run_tuning
 
-    trials = run_tuning(_words(tables), head_dims=_numbers(head_dims), lengths=_numbers(lengths), progress=not as_json)
+    trials = run_tuning(
+        _words(tables), head_dims=_numbers(head_dims, "--head-dims"), lengths=_numbers(lengths), progress=not as_json
+    )
     if as_json:
         _print_json([{**each.entry(), "failed": each.failed} for each in trials])
         return
@@ -295,11 +326,11 @@ def _words(text: str | None) -> list[str]:
     return [each for each in (text or "").replace(";", " ").split() if each]
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str = "--lengths") -> list[int]:
     try:
         return [int(each) for each in text.split(",") if each.strip()]
     except ValueError:
-        raise DataError(f"--lengths {text!r}: give whole numbers separated by commas, e.g. 1024,4096") from None
+        raise DataError(f"{option} {text!r}: give whole numbers separated by commas, e.g. 1024,4096") from None
 
 
 def _stdout() -> Any:

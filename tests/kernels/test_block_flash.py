@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from foveate.attention import Blocks
 from foveate.attention.backends.triton import block_flash as module
-from foveate.attention.backends.triton.block_flash import block_flash_fwd, by_head
+from foveate.attention.backends.triton.block_flash import block_flash_fwd
 from foveate.attention.backends.triton.configs import BlockConfig
 from foveate.errors import PlanError, ShapeError
 from tests.kernels.definitions import DEVICE, GATES, attention, causal_counts, error, lse_error
@@ -27,7 +27,7 @@ def draw(B=1, Hq=4, Hkv=2, M=100, N=100, D=32, DV=None, dtype=torch.float32):
 def draw_plan(m, n, heads=4, batch=1, block_m=32, block_n=32, columns=0, share=0.5):
     """A random plan and the bool [batch, heads, M, N] that it means before causality."""
     mask = torch.rand(batch, heads, -(-m // block_m), -(-n // block_n), device=DEVICE) < share
-    plan = by_head(Blocks.from_mask(mask, block_m=block_m, block_n=block_n).lower(m, n))
+    plan = Blocks.from_mask(mask, block_m=block_m, block_n=block_n).lower(m, n)
     means = mask.repeat_interleave(block_m, 2)[:, :, :m].repeat_interleave(block_n, 3)[..., :n]
     if columns:
         listed = torch.randint(-2, n, (batch, heads, columns), device=DEVICE)

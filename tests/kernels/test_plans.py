@@ -94,13 +94,44 @@ def test_blocks(heads, batch, m):
 
 @pytest.mark.parametrize("heads", [1, HKV, HQ])
 def test_vertical_slash(heads):
-    vertical = torch.randint(-1, 100, (B, heads, 12), device=DEVICE)
-    slash = torch.randint(-1, 7, (B, heads, 3), device=DEVICE)
+    vertical = torch.randint(-1, 70, (B, heads, 50), device=DEVICE)
+    slash = torch.randint(-1, 6, (B, heads, 3), device=DEVICE)
+    slash[..., 2] = slash[..., 1]
     plan = VerticalSlash(vertical, slash, 16)
-    check(make(plan, 100))
-    ours, theirs = plans._lower(plan, 100, 100), plan.lower(100, 100)
+    check(make(plan, 70, n=70))
+    ours, theirs = plans.lowered(plan, 70, 70), plan.lower(70, 70)
     assert torch.equal(ours.row_ptr, theirs.row_ptr)
     assert torch.equal(ours.col, theirs.col)
+    assert torch.equal(ours.n_full, theirs.n_full)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_blocks(causal):
+    call = make(some_blocks(40, 40), 40, n=40, sink=torch.randn(HQ, device=DEVICE), softcap=4.0, causal=causal)
+    found = []
+    for backend, dtype in ((plans, torch.float32), (reference, torch.float64)):
+        leaves = {x: getattr(call, x).detach().clone().to(dtype).requires_grad_() for x in ("q", "k", "v", "sink")}
+        if backend is plans:
+            assert plans.why_not(replace(call, **leaves)) is None
+        o, _ = backend.attend(replace(call, **leaves))
+        found.append(torch.autograd.grad((o * call.q.to(dtype)).sum(), list(leaves.values())))
+    for ours, exactly in zip(*found):
+        assert error(ours, exactly) <= 2e-5
+
+
+def test_a_plan_is_lowered_once_until_it_changes(monkeypatch):
+    lowered = []
+    real = Blocks.lower
+    monkeypatch.setattr(Blocks, "lower", lambda self, *sizes: lowered.append(sizes) or real(self, *sizes))
+    plan = some_blocks(20, 20)
+    for n in (20, 20, 32):
+        check(make(plan, 20, n=n))
+    assert lowered == [(20, 20), (20, 32)]
+    columns = VerticalSlash(torch.tensor([[[3, 18]]], device=DEVICE), torch.tensor([[[0]]], device=DEVICE), 16)
+    check(make(columns, 20, n=20))
+    columns.vertical.fill_(10)
+    columns.slash.fill_(1)
+    check(make(columns, 20, n=20))
 
 
 def test_block_options():
@@ -134,3 +165,5 @@ def test_why_not_gradients_and_float64():
     call = make(Dense())
     assert "float64" in plans.why_not(replace(call, q=call.q.double()))
     assert "gradients" in plans.why_not(replace(call, q=call.q.requires_grad_()))
+    learned_sink = torch.randn(HQ, device=DEVICE, requires_grad=True)
+    assert "gradients" in plans.why_not(make(Dense(), sink=learned_sink))

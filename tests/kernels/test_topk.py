@@ -14,6 +14,9 @@ from tests.kernels.definitions import DEVICE
 
 # Several chunks of several blocks even for short rows.
 CUT = TopkConfig(block=128, num_warps=4, most_chunks=3)
+# Chunks that are one block.
+WHOLE = TopkConfig(block=512, num_warps=4, most_chunks=3, least_block=128)
+CONFIGS = pytest.mark.parametrize("config", [None, CUT, WHOLE], ids=["one block", "chunks of blocks", "chunks"])
 
 
 def expected(scores: torch.Tensor, k: int, length=None) -> torch.Tensor:
@@ -29,7 +32,7 @@ def expected(scores: torch.Tensor, k: int, length=None) -> torch.Tensor:
     return torch.stack(rows).to(torch.int32)
 
 
-@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+@CONFIGS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n, k", [(1, 1), (15, 4), (63, 63), (65, 1), (127, 20), (1000, 128), (1000, 999)])
 def test_equals_a_stable_sort(config, dtype, n, k):
@@ -37,7 +40,7 @@ def test_equals_a_stable_sort(config, dtype, n, k):
     assert torch.equal(topk_select(scores, k, config=config), expected(scores, k))
 
 
-@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+@CONFIGS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_go_to_the_lowest_positions(config, dtype):
     scores = torch.randint(-2, 3, (4, 777), device=DEVICE).to(dtype)
@@ -48,7 +51,7 @@ def test_ties_go_to_the_lowest_positions(config, dtype):
         assert torch.equal(topk_select(scores, k, config=config), expected(scores, k))
 
 
-@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+@CONFIGS
 def test_extremes(config):
     tiny = torch.finfo(torch.float32).tiny
     values = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1.0, -1.0, tiny, -tiny, tiny / 8, 3e38, -3e38]
@@ -60,11 +63,11 @@ def test_extremes(config):
 def test_neighbouring_float32_values_are_told_apart():
     base = torch.full((1, 600), 1.0, device=DEVICE).view(torch.int32)
     scores = (base + torch.randperm(600, device=DEVICE, dtype=torch.int32)).view(torch.float32)
-    for config in (None, CUT):
+    for config in (None, CUT, WHOLE):
         assert torch.equal(topk_select(scores, 77, config=config), expected(scores, 77))
 
 
-@pytest.mark.parametrize("config", [None, CUT], ids=["one block", "chunks"])
+@CONFIGS
 def test_lengths_and_absent_entries(config):
     scores = torch.randn(5, 500, device=DEVICE)
     length = torch.tensor([500, 0, 7, 130, 64], device=DEVICE)

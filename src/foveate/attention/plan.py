@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention.positions import Positions
-from foveate.attention.sparse_plan import SparsePlan, csr_from_mask
+from foveate.attention.sparse_plan import SparsePlan, csr_from_mask, made_once
 from foveate.errors import PlanError
 
 CPU = torch.device("cpu")
@@ -156,6 +156,9 @@ class Blocks(Plan):
 
     row_ptr: int64 [B * H * R + 1]; col: int32, ascending within a row; R = ceil(M / block_m) rows per head.
     Query row i belongs to query block i // block_m, key slot j to key block j // block_n.
+    spare: col may be longer, for lists made without knowing their length on the host; what lies past row_ptr[-1] is
+    never read. own_last: every row ends with its own block, the one on the diagonal (M = N, block_m = block_n), so that
+    `share` follows from row_ptr alone.
     """
 
     row_ptr: Tensor
@@ -164,6 +167,8 @@ class Blocks(Plan):
     heads: int
     block_m: int
     block_n: int
+    spare: bool = False
+    own_last: bool = False
 
     def __post_init__(self) -> None:
         if (self.row_ptr.numel() - 1) % (self.batch * self.heads):
@@ -171,6 +176,8 @@ class Blocks(Plan):
                 f"Blocks: row_ptr has {self.row_ptr.numel()} entries, which is no multiple of "
                 f"batch x heads = {self.batch} x {self.heads} plus one"
             )
+        if self.own_last and self.block_m != self.block_n:
+            raise PlanError(f"Blocks: own_last with blocks of {self.block_m} x {self.block_n}, allowed: square ones")
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +188,7 @@ class Blocks(Plan):
         return (self.row_ptr.numel() - 1) // (self.batch * self.heads)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, block_m: int, block_n: int) -> Blocks:
+    def from_mask(cls, mask: Tensor, *, block_m: int, block_n: int, own_last: bool = False) -> Blocks:
         """From bool [B, H, R, C]: which of C key blocks each of R query blocks reads."""
         if mask.dim() != 4 or mask.dtype != torch.bool:
             raise PlanError(f"Blocks.from_mask: {list(mask.shape)} {mask.dtype}, allowed: bool [B, H, R, C]")
@@ -189,14 +196,34 @@ class Blocks(Plan):
         row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=mask.device)
         row_ptr[1:] = counts.cumsum(0)
         col = mask.nonzero()[:, 3].to(torch.int32)
-        return cls(row_ptr, col, mask.shape[0], mask.shape[1], block_m, block_n)
+        return cls(row_ptr, col, mask.shape[0], mask.shape[1], block_m, block_n, own_last=own_last)
+
+    @classmethod
+    def from_lowered(cls, plan: SparsePlan, *, own_last: bool = False) -> Blocks:
+        """The plan whose lowered form for M and N of `plan` is known already (no columns)."""
+        if plan.columns is not None:
+            raise PlanError("Blocks.from_lowered: a plan with columns, allowed: key blocks alone")
+        blocks = cls(
+            plan.row_ptr, plan.col, plan.batch, plan.heads, plan.block_m, plan.block_n, plan.spare, own_last=own_last
+        )
+        blocks.lowered(plan.m, plan.n, plan)
+        return blocks
+
+    def lowered(self, m: int, n: int, known: SparsePlan | None = None) -> SparsePlan:
+        """`lower`, made once per plan and size, and anew once its tensors were written to."""
+        return made_once(self, ("lowered", m, n), lambda: known or self.lower(m, n), self.row_ptr, self.col)
+
+    @property
+    def listed(self) -> Tensor:
+        """col without the room to spare: int32 [nnz]; waits for the device where there is some."""
+        return self.col[: int(self.row_ptr[-1])] if self.spare else self.col
 
     def block_mask(self, cols: int) -> Tensor:
         """Bool [B, H, R, cols], the inverse of `from_mask`."""
         counts = self.row_ptr.diff()
         row = torch.repeat_interleave(torch.arange(counts.numel(), device=self.device), counts)
         mask = torch.zeros(counts.numel(), cols, dtype=torch.bool, device=self.device)
-        mask[row, self.col.long()] = True
+        mask[row, self.listed.long()] = True
         return mask.reshape(self.batch, self.heads, self.rows, cols)
 
     def reads(self, m: int, n: int, positions: Positions) -> Tensor:
@@ -212,11 +239,16 @@ class Blocks(Plan):
         return float(self.share(m, n))
 
     def share(self, m: int, n: int) -> Tensor:
-        """The density as a tensor of one number on the plan's device, for callers that must not wait for it."""
-        counts = self.row_ptr.diff()
+        """The density as a tensor of one number on the plan's device, for callers that must not wait for it.
+
+        (A plan with room to spare waits, unless its rows end with their own blocks.)
+        """
+        if self.own_last and m == n:
+            return self._own_last_share(n)
+        counts, col = self.row_ptr.diff(), self.listed
         lists = torch.arange(counts.numel(), device=self.device)
-        row = torch.repeat_interleave(lists, counts, output_size=self.col.numel()) % self.rows
-        first = self.col.long() * self.block_n
+        row = torch.repeat_interleave(lists, counts, output_size=col.numel()) % self.rows
+        first = col.long() * self.block_n
         width = (n - first).clamp(max=self.block_n)
         # A tile's queries see min(t, width) of its keys, t counting up from `before` + 1 to `last`.
         before = row * self.block_m + (n - m) - first
@@ -224,10 +256,22 @@ class Blocks(Plan):
         read = (_ramp(last, width) - _ramp(before, width)).sum()
         return read.double() / (self.batch * self.heads * (m * (n - m) + m * (m + 1) / 2))
 
+    def _own_last_share(self, n: int) -> Tensor:
+        """All but the last entry of a row are whole blocks: block_n keys for each of the row's queries."""
+        b, rows, heads = self.block_n, self.rows, self.batch * self.heads
+        short = n - (rows - 1) * b
+        own = heads * ((rows - 1) * (b * (b + 1) // 2) + short * (short + 1) // 2)
+        visible = heads * (n * (n + 1) // 2)
+        share = self.row_ptr[-1].double() * (b * b / visible) + (own - heads * rows * b * b) / visible
+        if short < b:
+            last = (self.row_ptr[rows::rows] - self.row_ptr[rows - 1 : -1 : rows]).sum() - heads
+            share = share - last.double() * (b * (b - short) / visible)
+        return share
+
     def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
         return SparsePlan.from_csr(
             self.row_ptr,
-            self.col,
+            self.listed,
             batch=self.batch,
             heads=self.heads,
             m=m,
@@ -262,11 +306,8 @@ class VerticalSlash(Plan):
         """The block diagonals alone, for M = N."""
         if m != n:
             raise PlanError(f"VerticalSlash needs a self-contained prompt (M = N), not M={m}, N={n}")
-        count = -(-n // self.block)
-        rows = torch.arange(count, device=self.device)
-        offsets = rows[:, None] - rows[None]
-        present = (self.slash[..., None, None] == offsets).any(2) & (offsets >= 0)
-        return Blocks.from_mask(present, block_m=self.block, block_n=self.block)
+        lowered = SparsePlan.from_diagonals(self.slash, n=n, block=self.block)
+        return Blocks(lowered.row_ptr, lowered.col, lowered.batch, lowered.heads, self.block, self.block)
 
     def reads(self, m: int, n: int, positions: Positions) -> Tensor:
         columns = Tokens(self.vertical).reads(1, n, positions)

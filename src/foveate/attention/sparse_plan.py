@@ -33,7 +33,8 @@ class SparsePlan:
     """Device tensors, built with at most one host sync, immutable, shared over layers and steps.
 
     Row = one block of `block_m` queries of one head of one sequence; `heads` is 1, Hkv or Hq.
-    row_ptr: int64 [rows + 1]; col: int32 [nnz], ascending within a row.
+    row_ptr: int64 [rows + 1]; col: int32 [nnz], ascending within a row; `spare`: col may be longer, for lists made
+    without knowing nnz on the host, and what lies past row_ptr[-1] is never read.
     n_full: int32 [rows], the first blocks of each row that need no causal mask (M queries are the last of N).
     columns: int32 [B, heads, V] or None, single key slots for every row (< 0 absent), read besides the blocks.
     order: int32 [rows], the launch's: head after head, so that the keys in use stay in the L2 cache, and the longest
@@ -51,6 +52,7 @@ class SparsePlan:
     block_m: int
     block_n: int
     columns: Tensor | None = None
+    spare: bool = False
 
     @classmethod
     def from_csr(
@@ -93,7 +95,8 @@ class SparsePlan:
 
     @property
     def nnz(self) -> int:
-        return self.col.numel()
+        """Listed blocks; waits for the device where `col` has room to spare."""
+        return int(self.row_ptr[-1]) if self.spare else self.col.numel()
 
     @property
     def row_blocks(self) -> int:
@@ -107,14 +110,15 @@ class SparsePlan:
     @cached_property
     def by_keys(self) -> ByKeys:
         """The transposed lists; columns are not in them."""
-        row = _lists_of_entries(self.row_ptr.diff(), self.col)
+        col = self.col[: self.nnz]
+        row = _lists_of_entries(self.row_ptr.diff(), col)
         lists = self.batch * self.heads * self.key_blocks
-        entry = row // self.row_blocks * self.key_blocks + self.col
+        entry = row // self.row_blocks * self.key_blocks + col
         # Entries are ordered by row, so a stable sort leaves each list's rows ascending.
         listed = entry.sort(stable=True)
         ptr = torch.searchsorted(listed.values, torch.arange(lists + 1, device=entry.device))
         own = (row % self.row_blocks)[listed.indices]
-        masked = ~_needs_no_mask(own, self.col[listed.indices], self.m, self.n, self.block_m, self.block_n)
+        masked = ~_needs_no_mask(own, col[listed.indices], self.m, self.n, self.block_m, self.block_n)
         n_masked = torch.zeros(lists, dtype=torch.int32, device=entry.device)
         n_masked.index_add_(0, listed.values, masked.to(torch.int32))
         return ByKeys(ptr, own.to(torch.int32), n_masked, _longest_first(ptr.diff(), self.batch * self.heads))
@@ -126,9 +130,10 @@ class SparsePlan:
         causal = (-(-torch.clamp(last, max=self.n) // self.block_n)).sum().item() * self.batch * self.heads
         mean = counts.float().mean().item()
         tensors = (self.row_ptr, self.col, self.n_full, self.order)
+        nnz = self.nnz
         return {
-            "blocks": float(self.nnz),
-            "density": self.nnz / causal,
+            "blocks": float(nnz),
+            "density": nnz / causal,
             "imbalance": counts.max().item() / mean if mean else 1.0,
             "bytes": float(sum(each.numel() * each.element_size() for each in tensors)),
         }

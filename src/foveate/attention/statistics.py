@@ -6,7 +6,10 @@ stay apart ([B, Hq, ...]); reduce them with `by_group`.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,6 +37,18 @@ def _pieces(
         yield part, scores.masked_fill_(~visible[:, :, None], -torch.inf).view(B, Hq, m, N)
 
 
+def _kernels(q: Tensor, k: Tensor, positions: Positions | None) -> tuple[ModuleType, Tensor | None] | None:
+    """The Triton reductions and the positions of the queries, where they serve the call."""
+    positions = positions or Positions()
+    served = q.device.type == "cuda" and positions.k is None and importlib.util.find_spec("triton") is not None
+    served = served and q.dtype == k.dtype and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    served = served and q.shape[-1] <= 256 and q.stride(-1) == 1 and k.stride(-1) == 1
+    served = served and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    if not served or torch.cuda.get_device_capability(q.device)[0] < 8:
+        return None
+    return importlib.import_module("foveate.attention.backends.triton.score_reduce"), positions.q
+
+
 def _softmax(scores: Tensor) -> Tensor:
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
@@ -57,6 +72,9 @@ def column_mass(
 ) -> Tensor:
     """Weight each key receives, summed over the queries: [B, Hq, N] float32. O(M N D) time, O(N) memory."""
     match(q=(q, "B Hq M D"), k=(k, "B Hkv N D"))
+    fast = _kernels(q, k, positions)
+    if fast is not None:
+        return fast[0].column_mass(q, k, scale=scale, window=window, q_positions=fast[1])
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     total = torch.zeros(*q.shape[:2], k.shape[2], dtype=exact, device=q.device)
     for _, scores in _pieces(q, k, scale, positions or Positions(), window, None):
@@ -81,6 +99,9 @@ def log_sum_exp(
 ) -> Tensor:
     """Natural log of each query's softmax denominator: [B, Hq, M] float32, -inf when it sees nothing."""
     match(q=(q, "B Hq M D"), k=(k, "B Hkv N D"))
+    fast = _kernels(q, k, positions)
+    if fast is not None:
+        return fast[0].log_sum_exp(q, k, scale=scale, window=window, q_positions=fast[1])
     pieces = _pieces(q, k, scale, positions or Positions(), window, None)
     return torch.cat([torch.logsumexp(scores, -1) for _, scores in pieces], dim=2)
 
@@ -116,6 +137,10 @@ def block_mass(
 ) -> Tensor:
     """Mean weight that a query block puts on a key block: [B, Hq, ceil(M / block_m), ceil(N / block_n)]."""
     match(q=(q, "B Hq M D"), k=(k, "B Hkv N D"))
+    fast = _kernels(q, k, positions) if block_m <= 128 and block_n % 16 == 0 else None
+    if fast is not None:
+        sizes = {"block_m": block_m, "block_n": block_n}
+        return fast[0].block_mass(q, k, **sizes, scale=scale, window=window, q_positions=fast[1])
     cols = -(-k.shape[2] // block_n)
     rows = []
     for _, scores in _pieces(q, k, scale, positions or Positions(), window, block_m):

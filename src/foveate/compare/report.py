@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -18,30 +19,30 @@ def report_html(results: dict[str, Any]) -> str:
     """The page for results in the schema of docs/results-schema.md; needs the package plotly for its plotly.js."""
     parts = {
         "title": html.escape(f"foveate: {results['model']['name']}"),
-        "css": _asset("report.css"),
-        "data": _script_safe(json.dumps(plain(results), ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
-        "plotly": _plotly_js(),
-        "js": _asset("report_data.js") + _asset("report_charts.js") + _asset("report.js"),
+        "css": asset("report.css"),
+        "data": script_safe(json.dumps(plain(results), ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
+        "plotly": plotly_js(),
+        "js": asset("report_data.js") + asset("report_charts.js") + asset("report.js"),
     }
-    # Piece by piece, so that nothing in the data can be taken for a placeholder.
-    pieces = _asset("report.html").split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        name, _, rest = piece.partition("}}")
-        filled += [parts[name], rest]
-    return "".join(filled)
+    return fill(asset("report.html"), parts)
 
 
-def _asset(name: str) -> str:
+def fill(page: str, parts: Mapping[str, str]) -> str:
+    """A page with its {{placeholders}} filled, piece by piece: nothing in the data can be taken for one."""
+    first, *pieces = page.split("{{")
+    return first + "".join(parts[name] + rest for name, _, rest in (piece.partition("}}") for piece in pieces))
+
+
+def asset(name: str) -> str:
     return resources.files("foveate.compare").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _script_safe(text: str) -> str:
+def script_safe(text: str) -> str:
     """JSON that cannot end the script element it stands in."""
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _plotly_js() -> str:
+def plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:

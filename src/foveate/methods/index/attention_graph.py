@@ -10,11 +10,12 @@ its best ones are linked to the others (`linking`). A walk then needs to score a
     append    new keys are scored one by one until there are more than `fresh`; then queries that came with them link
               them in
 
-A walk runs for all sequences and heads at once and expands EXPAND keys per round. Graphs are arrays, [B, heads, n,
-degree] int32; heads is Hkv (a graph is made by all query heads of its group, and each of them walks it) or Hq (one
-graph per query head, `per_query_head`).
+A walk expands EXPAND keys per round; of equal products the one scored first comes first. `Walk` is its definition, for
+all sequences and heads at once in torch; the C++ kernel (attention/backends/cpp_graph) does the same per query head
+where it is available. Graphs are arrays, [B, heads, n, degree] int32; heads is Hkv (a graph is made by all query heads
+of its group, and each of them walks it) or Hq (one graph per query head, `per_query_head`).
 Cost: build O(m n D) per head, m sampled queries, as much as prompt attention for m = n, and 4 degree bytes per key;
-search O(scanned D + degree rounds), and a mark of 4 bytes per key and query head while it runs.
+search O(scanned D + degree rounds), and while it runs a mark per key and query head: a bit, in torch 4 bytes.
 Differs from the authors, whose graph code is not published: a query has several pivots, not one; walks start at
 sampled entries instead of the one key nearest to the mean; unreachable keys are connected by trees below exact nearest
 keys instead of by a walk for every key. Bad options raise OptionError.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from foveate.attention.backends import cpp_graph
 from foveate.errors import OptionError
 from foveate.methods.index.base import Found, KeyIndex
 from foveate.methods.index.linking import TREE, connect, link
@@ -191,6 +193,16 @@ class AttentionGraph(KeyIndex):
     # --- searching
 
     def find(self, q: Tensor, keys: Tensor, count: int, beam: int) -> Found:
+        count = min(count, int(self.length.max()))
+        if cpp_graph.why_not(q, keys) is not None:
+            return self.walk(q, keys, count, beam)
+        index, scanned = cpp_graph.walk(
+            q, keys, self.links, self.entries, self.linked, self.length, beam=beam, expand=EXPAND, count=count
+        )
+        return Found(index, scanned)
+
+    def walk(self, q: Tensor, keys: Tensor, count: int, beam: int) -> Found:
+        """`find` in torch."""
         B, Hq, _ = q.shape
         heads = self.links.shape[1]
         walk = Walk(q, keys, int(self.length.max()), beam)
@@ -207,7 +219,7 @@ class AttentionGraph(KeyIndex):
             rows = torch.where((nodes >= 0) & (nodes < linked), start + nodes, -1)
             ahead = flat[rows.clamp_min(0)].long()
             walk.offer(ahead.masked_fill_((rows < 0)[..., None], -1).flatten(1))
-        index, scanned = walk.best(min(count, int(self.length.max())))
+        index, scanned = walk.best(count)
         return Found(index.view(B, Hq, -1), scanned.view(B, Hq))
 
     @property
@@ -253,13 +265,13 @@ class Walk:
     def offer(self, ids: Tensor) -> None:
         """Score keys ids [S, C] (-1 absent) that have not been scored yet, and keep the best."""
         C = ids.shape[1]
-        number = torch.arange(self.clock, self.clock + C, dtype=torch.int32).expand_as(ids)
+        number = torch.arange(self.clock + C - 1, self.clock - 1, -1, dtype=torch.int32).expand_as(ids)
         self.clock += C
         at = torch.where(ids >= 0, ids, self.mark.shape[1] - 1)
         fresh = (ids >= 0) & (self.mark.gather(1, at) == 0)
         at = torch.where(fresh, at, self.mark.shape[1] - 1)
-        self.mark.scatter_(1, at, number)
-        # Of a key that is offered twice at once, the one whose mark stayed counts.
+        # Of a key that is offered twice at once, the first counts.
+        self.mark.scatter_reduce_(1, at, number, "amax")
         fresh &= self.mark.gather(1, at) == number
         row, column = fresh.nonzero(as_tuple=True)
         if not row.numel():
@@ -267,26 +279,28 @@ class Walk:
         found = ids[row, column]
         scores = torch.full(ids.shape, -torch.inf, dtype=self.q.dtype)
         vectors = self.keys.index_select(0, self.first[row] + found).to(self.q.dtype)
-        scores[row, column] = (vectors * self.q.index_select(0, row)).sum(-1)
+        products = (vectors * self.q.index_select(0, row)).sum(-1)
+        # What is no number is never kept.
+        scores[row, column] = products.masked_fill_(products.isnan(), -torch.inf)
         self.scanned += fresh.sum(1)
         self._keep(ids, scores, fresh)
 
     def _keep(self, ids: Tensor, scores: Tensor, fresh: Tensor) -> None:
         ids, scores = torch.cat((self.ids, ids), 1), torch.cat((self.scores, scores), 1)
-        best = scores.topk(min(self.beam, ids.shape[1]), dim=1)
-        self.scores = best.values
-        self.ids = ids.gather(1, best.indices)
-        self.open = torch.cat((self.open, fresh), 1).gather(1, best.indices)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.beam]
+        self.scores, self.ids = scores.gather(1, order), ids.gather(1, order)
+        self.open = torch.cat((self.open, fresh), 1).gather(1, order)
 
     def next(self) -> Tensor | None:
         """The EXPAND best keys not expanded yet, [S, <= EXPAND], -1 absent; None when there are none."""
-        waiting = self.scores.masked_fill(~self.open, -torch.inf)
-        best = waiting.topk(min(EXPAND, waiting.shape[1]), dim=1)
-        there = best.values > -torch.inf
+        waiting = self.open & (self.scores > -torch.inf)
+        # Best first already, so the first ones that wait.
+        some = (~waiting).to(torch.uint8).argsort(dim=1, stable=True)[:, :EXPAND]
+        there = waiting.gather(1, some)
         if not bool(there.any()):
             return None
-        self.open.scatter_(1, best.indices, False)
-        return torch.where(there, self.ids.gather(1, best.indices), -1)
+        self.open.scatter_(1, some, False)
+        return torch.where(there, self.ids.gather(1, some), -1)
 
     def best(self, count: int) -> tuple[Tensor, Tensor]:
         """The best [S, count] (-1 absent) and how many keys were scored [S]."""

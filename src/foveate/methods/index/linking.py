@@ -18,20 +18,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.attention.backends import cpp_graph
+
 TREE = 4
 CANDIDATES = 96
 BLOCK_ENTRIES = 1 << 23
 ANCHORS = 8192
 
 
-def nearest_keys(queries: Tensor, keys: Tensor, count: int) -> Tensor:
-    """The `count` keys with the largest inner product of each query: int64 [m, count], best first. O(m n D)."""
-    count, block = min(count, keys.shape[0]), max(1, BLOCK_ENTRIES // max(1, keys.shape[0]))
+def nearest_keys(queries: Tensor, keys: Tensor, count: int, bias: Tensor | None = None) -> Tensor:
+    """The `count` keys with the largest inner product plus bias [n] (None: 0) of each query: int64 [m, count], best
+    first. O(m n D)."""
+    count = min(count, keys.shape[0])
+    if cpp_graph.why_not_nearest(queries, keys) is None:
+        return cpp_graph.nearest(queries, keys, count, bias)
+    block = max(1, BLOCK_ENTRIES // max(1, keys.shape[0]))
     nearest = torch.empty(queries.shape[0], count, dtype=torch.int64, device=keys.device)
     # One buffer for all blocks: a fresh one each time costs as much in page faults as its product.
     scores = keys.new_empty(min(block, queries.shape[0]), keys.shape[0])
     for part, out in zip(queries.split(block), nearest.split(block)):
-        out.copy_(torch.mm(part, keys.T, out=scores[: part.shape[0]]).topk(count, dim=-1).indices)
+        products = torch.mm(part, keys.T, out=scores[: part.shape[0]])
+        out.copy_((products if bias is None else products.add_(bias)).topk(count, dim=-1).indices)
     return nearest
 
 
@@ -137,10 +144,8 @@ def connect(links: Tensor, keys: Tensor, entries: Tensor) -> None:
     if anchors.numel() > ANCHORS:
         anchors = anchors[torch.linspace(0, anchors.numel() - 1, ANCHORS, device=keys.device).long()]
     # The closest in Euclidean distance: the largest x . a - |a|^2 / 2.
-    half = keys[anchors].square().sum(-1) / 2
-    block = max(1, BLOCK_ENTRIES // anchors.numel())
-    best = [(keys[part] @ keys[anchors].T - half).argmax(1) for part in lost.split(block)]
-    above = anchors[torch.cat(best)]
+    around = keys[anchors]
+    above = anchors[nearest_keys(keys[lost], around, 1, -around.square().sum(-1) / 2)[:, 0]]
     order = pair_distances(keys, lost, above).argsort(stable=True)
     order = order[above[order].argsort(stable=True)]
     lost, above = lost[order], above[order]

@@ -20,13 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from foveate.attention.backends.triton import configs, runtime
 from foveate.attention.backends.triton.kv_compact import kv_compact
-from foveate.attention.backends.triton.stripes import stripes
+from foveate.attention.backends.triton.stripes import Stripes, stripes
 from foveate.attention.sparse_plan import SparsePlan
 from foveate.errors import PlanError, ShapeError
 
 
 @triton.jit
-def _products(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def products(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """Scores of queries [M, D] and keys [N, D]: raw without a softcap, else capped and in base 2."""
     if UPCAST:
         scores = tl.dot(q.to(tl.float32), tl.trans(k).to(tl.float32), input_precision="ieee")
@@ -68,17 +68,38 @@ def _fold(
 
 
 @triton.jit
-def _first_key(COL, j, count, PLAN_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First key slot of tile j of a row's list; `count` tiles."""
-    SPLIT: tl.constexpr = PLAN_N // BLOCK_N
-    block = tl.load(COL + j // SPLIT, mask=j < count, other=0)
-    return block * PLAN_N + (j % SPLIT) * BLOCK_N
+def first_of_tile(LIST, j, count, PLAN: tl.constexpr, BLOCK: tl.constexpr):
+    """First slot of tile j of a list of blocks, `count` tiles in all: a plan's block is cut into tiles."""
+    SPLIT: tl.constexpr = PLAN // BLOCK
+    block = tl.load(LIST + j // SPLIT, mask=j < count, other=0)
+    return block * PLAN + (j % SPLIT) * BLOCK
 
 
 @triton.jit
 def _bits(BITS, at, cut):
     """Whether the columns `at` of a stripe are to be read, as 0 or 1."""
     return (tl.load(BITS + at // 32, mask=at < cut, other=0) >> (at % 32)) & 1
+
+
+@triton.jit
+def place(
+    tile, ORDER, rows, row_blocks,
+    HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The plan's row, the sequence (int64), the query head and the first query of a query tile.
+
+    Tiles count the parts of the plan's block, then the query heads that share the plan's row, then its rows.
+    """
+    PARTS: tl.constexpr = PLAN_M // BLOCK_M
+    SHARERS: tl.constexpr = 1 if HEADS == HQ else HQ // HKV
+    OUTER: tl.constexpr = HKV if HEADS == 1 else 1
+    outer = tile // (PARTS * SHARERS) // rows
+    row = tl.load(ORDER + tile // (PARTS * SHARERS) % rows)
+    head_row = row // row_blocks
+    # A plan of batch 1 serves every sequence; then `outer` counts sequences too.
+    b = (head_row // HEADS + outer // OUTER).to(tl.int64)
+    h = (head_row % HEADS + outer % OUTER) * SHARERS + (tile // PARTS) % SHARERS
+    return row, b, h, (row % row_blocks) * PLAN_M + tile % PARTS * BLOCK_M
 
 
 @triton.jit
@@ -92,21 +113,10 @@ def _row_tile(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head; consecutive tiles share their list, then their keys."""
-    # Which query tile: parts of the plan's block, then the query heads that share the plan's row, then its rows.
-    PARTS: tl.constexpr = PLAN_M // BLOCK_M
     G: tl.constexpr = HQ // HKV
-    SHARERS: tl.constexpr = 1 if HEADS == HQ else G
-    OUTER: tl.constexpr = HKV if HEADS == 1 else 1
-    part = tile % PARTS
-    sharer = (tile // PARTS) % SHARERS
-    outer = tile // (PARTS * SHARERS) // rows
-    row = tl.load(ORDER + tile // (PARTS * SHARERS) % rows)
+    row, b, h, first_query = place(tile, ORDER, rows, row_blocks, HQ, HKV, HEADS, PLAN_M, BLOCK_M)
     head_row = row // row_blocks
-    # A plan of batch 1 serves every sequence; then `outer` counts sequences too.
-    b = (head_row // HEADS + outer // OUTER).to(tl.int64)
-    h = (head_row % HEADS + outer % OUTER) * SHARERS + sharer
     hkv = (h // G).to(tl.int64)
-    first_query = (row % row_blocks) * PLAN_M + part * BLOCK_M
     r = first_query + tl.arange(0, BLOCK_M)
     live = r < m
     q_pos = n - m + r
@@ -133,7 +143,7 @@ def _row_tile(
 
     # The next tile's place is loaded one step ahead (design/kernels.md, 2.9).
     SPLIT: tl.constexpr = PLAN_N // BLOCK_N
-    start = _first_key(COL, 0, full * SPLIT, PLAN_N, BLOCK_N)
+    start = first_of_tile(COL, 0, full * SPLIT, PLAN_N, BLOCK_N)
     for j in range(0, full * SPLIT):
         if KD is not None:
             k = KD.load([b.to(tl.int32), hkv.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -143,14 +153,14 @@ def _row_tile(
             v_row = v_at + start.to(tl.int64) * stride_vn + key[:, None] * stride_vn + dv[None, :]
             k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
             v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
-        scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+        scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
         top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
-        start = _first_key(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
+        start = first_of_tile(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
 
     # Smaller tiles where there are masks, so that they do not decide how many registers the kernel needs.
     EDGE_SPLIT: tl.constexpr = PLAN_N // BLOCK_E
     key = tl.arange(0, BLOCK_E)
-    start = _first_key(COL, full * EDGE_SPLIT, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
+    start = first_of_tile(COL, full * EDGE_SPLIT, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
     for j in range(full * EDGE_SPLIT, count * EDGE_SPLIT):
         slot = start + key
         there = slot < n
@@ -158,13 +168,13 @@ def _row_tile(
         v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
         k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
         v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
-        scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+        scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
         see = there[None, :]
         if CAUSAL:
             see = see & (slot[None, :] <= q_pos[:, None])
         scores = tl.where(see, scores, float("-inf"))
         top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
-        start = _first_key(COL, j + 1, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
+        start = first_of_tile(COL, j + 1, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
 
     if KS is not None:
         # Stripes belong to query heads where the plan does, else to KV heads.
@@ -183,7 +193,7 @@ def _row_tile(
             v_row = VS + at[:, None] * DV + dv[None, :]
             k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
             v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
-            scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+            scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
             top, mass, acc = _fold(scores, v, bits != 0, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
             at += BLOCK_N
             bits = _bits(BITS, at, whole)
@@ -197,7 +207,7 @@ def _row_tile(
             v_row = VS + at[:, None] * DV + dv[None, :]
             k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
             v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
-            scores = _products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+            scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
             see = there[None, :]
             if CAUSAL:
                 see = see & (slot[None, :] <= q_pos[:, None])
@@ -242,7 +252,8 @@ def block_flash_kernel(
             )  # fmt: skip
     else:
         _row_tile(
-            tl.program_id(0), Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
+            tl.program_id(0),
+            Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
             rows, row_blocks, m, n, width, scale, softcap,
             HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_E, CAUSAL, SOFTCAP,
@@ -266,13 +277,13 @@ def check_plan(plan: SparsePlan, batch: int, heads: int, kv_heads: int, m: int, 
             f"{batch}, {heads} heads over {kv_heads}, M={m}, N={n}; allowed: batch 1 or {batch}, heads 1, {kv_heads} "
             f"or {heads}"
         )
-    if min(_factor(plan.block_m), _factor(plan.block_n)) < 16:
+    if min(power_in(plan.block_m), power_in(plan.block_n)) < 16:
         raise PlanError(f"plan blocks {plan.block_m} x {plan.block_n}, allowed: multiples of 16")
     if plan.columns is not None and plan.columns.shape[:2] != (plan.batch, plan.heads):
         raise PlanError(f"columns {list(plan.columns.shape)}, allowed: [{plan.batch}, {plan.heads}, V]")
 
 
-def _factor(x: int) -> int:
+def power_in(x: int) -> int:
     """The largest power of two that divides x."""
     return x & -x
 
@@ -288,6 +299,7 @@ def block_flash_fwd(
     sink: Tensor | None = None,
     softcap: float | None = None,
     return_lse: bool = True,
+    columns: Stripes | None = None,
     config: configs.BlockConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of q [B, Hq, M, D] over the blocks and columns of `plan`.
@@ -297,6 +309,7 @@ def block_flash_fwd(
         plan: heads 1, Hkv or Hq; batch 1 or B; block sizes multiples of 16.
         scale: > 0; default D ** -0.5.    causal: a query sees no later key (queries are the last M of N keys).
         sink: [Hq], a learned logit per query head.    softcap: before masks.
+        columns: the plan's columns where they are prepared already; else they are made from it, once per plan.
     Returns:
         o [B, Hq, M, Dv] in q's dtype, lse [B, Hq, M] float32, natural log (None unless asked for);
         o = 0 and lse = -inf for a query that reads nothing.
@@ -316,18 +329,19 @@ def block_flash_fwd(
     lse = torch.empty(B, Hq, M, dtype=torch.float32, device=q.device) if return_lse else None
     if not out.numel():
         return out, lse
-    config = config or configs.blocks(max(D, DV), q.element_size(), plan.block_m)
-    block_m = min(_factor(plan.block_m), config.block_m)
-    block_n = min(_factor(plan.block_n), config.block_n)
+    config = config or configs.blocks(max(D, DV), q.element_size(), plan.block_m, N)
+    block_m = min(power_in(plan.block_m), config.block_m)
+    block_n = min(power_in(plan.block_n), config.block_n)
     row_blocks = triton.cdiv(M, plan.block_m)
     rows = plan.batch * plan.heads * row_blocks
     tiles = B * Hq * row_blocks * (plan.block_m // block_m)
     stripe_k = stripe_v = None
     column = bits = free = cut = None
     width = 0
-    if plan.columns is not None and plan.columns.shape[-1]:
-        own = stripes(plan, causal)
-        column, bits, free, cut = own.column, own.bits, own.free, own.cut
+    if columns is None and plan.columns is not None and plan.columns.shape[-1]:
+        columns = stripes(plan, causal)
+    if columns is not None:
+        column, bits, free, cut = columns.column, columns.bits, columns.free, columns.cut
         width = column.shape[1]
         stripe_k, stripe_v = kv_compact(k, v, column.view(plan.batch, plan.heads, width))
     descriptors = (_descriptor(k, block_n), _descriptor(v, block_n)) if config.tma else (None, None)

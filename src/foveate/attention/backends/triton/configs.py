@@ -1,6 +1,7 @@
 """Launch configurations: a small shipped table, looked up by the nearest key. Nothing is tuned while running.
 
-An entry may enter only after `benchmarks/gpu_attention.py` has found it correct on the device it names.
+An entry may enter only after `benchmarks/gpu_attention.py` has found it correct on the device it names; `foveate tune`
+adds entries for the user's own GPU.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+
+from foveate.attention.backends.triton.tuned import extended
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,28 @@ def decode(listed: bool, length: int, head_dim: int, itemsize: int) -> DecodeCon
     """The entry nearest in log2 of length and of head width (bytes of a row count, so float32 looks twice as wide)."""
     width = math.log2(max(16, head_dim) * itemsize / 2)
     size = math.log2(max(1, length))
-    keys = [key for key in DECODE if key[0] == listed]
+    table = extended("decode", DECODE)
+    keys = [key for key in table if key[0] == listed]
     best = min(keys, key=lambda key: (abs(math.log2(key[2]) - width), abs(key[1] - size)))
-    return DECODE[best]
+    return table[best]
 
 
 @dataclass(frozen=True)
 class TopkConfig:
-    """Of `topk_select`: a row is cut into chunks, each read `block` scores at a time."""
+    """Of `topk_select`: a row is cut into chunks, each read up to `block` scores at a time.
+
+    per_sm: chunks of all rows wanted on each multiprocessor.
+    """
 
     block: int
     num_warps: int
     most_chunks: int
+    least_block: int = 512
+    per_sm: int = 2
 
 
-# The fastest of the same run (float32, 2048 of 131072 in 8 rows).
-TOPK = TopkConfig(block=2048, num_warps=4, most_chunks=32)
+# Not measured yet: a chunk of 2048 of 131072 in 8 rows fits in the registers of one thread block.
+TOPK = TopkConfig(block=4096, num_warps=4, most_chunks=32)
 # Rows up to this long are selected by one thread block that holds them in registers.
 TOPK_SINGLE = 8192
 
@@ -81,22 +90,79 @@ class BlockConfig:
     edge: int = 32
 
 
-# (most query rows of a tile, D) -> configuration. Not measured yet: design/kernels.md, 4c.
-BLOCKS: dict[tuple[int, int], BlockConfig] = {
-    (64, 64): BlockConfig(64, 64, 4, 3),
-    (128, 64): BlockConfig(128, 128, 8, 3),
-    (64, 128): BlockConfig(64, 64, 4, 3),
-    (128, 128): BlockConfig(128, 64, 8, 3),
-    (64, 256): BlockConfig(64, 32, 4, 2),
-    (128, 256): BlockConfig(64, 32, 4, 2),
+# (query rows of a plan's block, log2 of the number of keys, D) -> configuration.
+# D 128 with blocks of 128: the fastest correct ones of `benchmarks/gpu_attention.py --only prefill` on one H100 80GB
+# HBM3, 2026-11-24 (Triton 3.6.0, bfloat16, 32 query heads over 8 KV heads). Others: not measured yet.
+BLOCKS: dict[tuple[int, int, int], BlockConfig] = {
+    (128, 17, 128): BlockConfig(128, 64, 8, 4, tma=True),
+    (128, 15, 128): BlockConfig(64, 64, 4, 3, tma=True),
+    (64, 15, 128): BlockConfig(64, 64, 4, 3, tma=True),
+    (64, 15, 64): BlockConfig(64, 64, 4, 3),
+    (128, 15, 64): BlockConfig(128, 128, 8, 3),
+    (64, 15, 256): BlockConfig(64, 32, 4, 2),
+    (128, 15, 256): BlockConfig(64, 32, 4, 2),
 }
 
 
 @functools.lru_cache(maxsize=256)
-def blocks(head_dim: int, itemsize: int, block_m: int) -> BlockConfig:
-    """The entry nearest in head width, for plans whose query blocks are `block_m`."""
-    rows = 64 if block_m % 128 else 128
-    width = math.log2(max(16, head_dim) * itemsize / 2)
-    best = min(BLOCKS, key=lambda key: (key[0] != rows, abs(math.log2(key[1]) - width)))
+def blocks(head_dim: int, itemsize: int, block_m: int, keys: int) -> BlockConfig:
+    """The entry nearest in head width, then in length, for plans whose query blocks are `block_m`."""
     # float32 products run without tensor cores and need registers for both operands.
-    return BLOCKS[best] if itemsize == 2 else BlockConfig(32, 32, 4, 2)
+    if itemsize > 2:
+        return BlockConfig(32, 32, 4, 2)
+    rows, width, length = 64 if block_m % 128 else 128, math.log2(max(16, head_dim)), math.log2(max(1, keys))
+    table = extended("blocks", BLOCKS)
+    best = min(table, key=lambda key: (key[0] != rows, abs(math.log2(key[2]) - width), abs(key[1] - length)))
+    return table[best]
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Of one of the two kernels of `block_flash_bwd`: queries by keys of a tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# D -> (gradients of queries, gradients of keys and values). Not measured yet: design/kernels.md, 4c.
+BACKWARD: dict[int, tuple[BackwardConfig, BackwardConfig]] = {
+    64: (BackwardConfig(128, 64, 8, 3), BackwardConfig(64, 128, 8, 3)),
+    128: (BackwardConfig(128, 64, 8, 2), BackwardConfig(64, 128, 8, 2)),
+    256: (BackwardConfig(32, 32, 4, 2), BackwardConfig(32, 32, 8, 2)),
+}
+
+
+@functools.lru_cache(maxsize=256)
+def backward(head_dim: int, itemsize: int) -> tuple[BackwardConfig, BackwardConfig]:
+    """The entry nearest in head width."""
+    if itemsize > 2:
+        return BackwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1)
+    width = math.log2(max(16, head_dim))
+    return BACKWARD[min(BACKWARD, key=lambda key: abs(math.log2(key) - width))]
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    """Of `score_reduce`: block_m x block_n, queries by keys, where queries are rows; keys x queries where keys are."""
+
+    block_m: int
+    block_n: int
+    keys: int
+    queries: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.lru_cache(maxsize=256)
+def reduction(head_dim: int, itemsize: int, queries: int) -> ReduceConfig:
+    """By bytes of a row and by how many queries there are. Not measured yet."""
+    if itemsize > 2:
+        return ReduceConfig(32, 32, 32, 32, 4, 2)
+    few = min(128, max(16, 1 << (max(1, queries) - 1).bit_length()))
+    if head_dim > 128:
+        return ReduceConfig(min(few, 64), 64, 64, min(few, 64), 4, 2)
+    if few < 128:
+        return ReduceConfig(few, 128, 128, few, 4, 3)
+    return ReduceConfig(128, 64, 128, 64, 8, 3)

@@ -17,7 +17,9 @@ from foveate.errors import ShapeError
 
 
 @triton.jit
-def _copy(X, OUT, stride_b, stride_h, stride_n, b, h_kv, out, slot, there, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _copy(
+    X, OUT, stride_b, stride_h, stride_n, b, h_kv, out, slot, there, live, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     row = X + b * stride_b + h_kv * stride_h + slot.to(tl.int64)[:, None] * stride_n + d[None, :]
     x = tl.load(row, mask=there[:, None] & (d < D)[None, :], other=0.0)
@@ -25,7 +27,7 @@ def _copy(X, OUT, stride_b, stride_h, stride_n, b, h_kv, out, slot, there, live,
 
 
 @triton.jit(do_not_specialize=["n", "count"])
-def compact_kernel(
+def rows_kernel(
     K, V, INDEX, K_OUT, V_OUT,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ib, stride_ih,
     n, count, HEADS: tl.constexpr, SHARED: tl.constexpr,
@@ -64,7 +66,7 @@ def kv_compact(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         return k_out, v_out
     block_d, block_dv = runtime.power_of_two(D, 16), runtime.power_of_two(DV, 16)
     block = max(8, 8192 // max(block_d, block_dv))
-    compact_kernel[(triton.cdiv(count, block), B * heads)](
+    rows_kernel[(triton.cdiv(count, block), B * heads)](
         k, v, index, k_out, v_out, *k.stride()[:3], *v.stride()[:3],
         index.stride(0) if index.shape[0] > 1 else 0, index.stride(1) if index.shape[1] > 1 else 0,
         N, count, HEADS=heads, SHARED=heads // Hkv, D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK=block,

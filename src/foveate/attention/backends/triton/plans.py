@@ -1,16 +1,18 @@
-"""The Triton backend: a few queries over all or listed keys by `gather_decode`, block plans by `block_flash_fwd`."""
+"""The Triton backend: a few queries over all or listed keys by `gather_decode`, block plans by `block_flash`.
+
+Block plans have gradients, the others none here.
+"""
 
 from __future__ import annotations
 
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention.call import Call
 from foveate.attention.plan import Blocks, Dense, Plan, Tokens, VerticalSlash, Window
-from foveate.attention.sparse_plan import SparsePlan
+from foveate.attention.sparse_plan import SparsePlan, made_once
 
 MAX_QUERIES = 16
 MAX_WIDTH = 256
@@ -25,13 +27,18 @@ def why_not(call: Call) -> str | None:
         return f"the kernels read float32, bfloat16 and float16, not {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"the kernels hold heads of at most {MAX_WIDTH} features, not {max(q.shape[-1], v.shape[-1])}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "the kernels have no gradients"
+    if _learns(call) and not isinstance(call.plan, Blocks):
+        return f"the kernels have no gradients for {type(call.plan).__name__} plans"
     if k.stride(-1) != 1 or v.stride(-1) != 1 or call.m > call.n:
         return "keys and values need a unit last stride, and queries must not outnumber them"
     if isinstance(call.plan, Blocks | VerticalSlash):
         return _why_not_blocks(call, call.plan)
     return _why_not_decode(call)
+
+
+def _learns(call: Call) -> bool:
+    inputs = (call.q, call.k, call.v, call.sink, call.log_weight)
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
 @functools.lru_cache(maxsize=16)
@@ -87,40 +94,34 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     """o [B, Hq, M, Dv] in q's dtype; lse [B, Hq, M] float32 when asked for."""
     q = call.q if call.q.stride(-1) == 1 else call.q.contiguous()
     if isinstance(call.plan, Blocks | VerticalSlash):
-        from foveate.attention.backends.triton.block_flash import block_flash_fwd, by_head
+        from foveate.attention.backends.triton import ops
 
-        lowered = by_head(_lower(call.plan, call.m, call.n))
-        return block_flash_fwd(
+        return ops.block_flash(
             q,
             call.k,
             call.v,
-            lowered,
+            lowered(call.plan, call.m, call.n),
             scale=call.scale,
             causal=call.causal,
             sink=call.sink,
             softcap=call.softcap,
-            return_lse=call.need_lse,
         )
     return _decode(call, q)
 
 
-def _lower(plan: Plan, m: int, n: int) -> SparsePlan:
-    """`plan.lower`, but diagonals become blocks without a [S, R, R] intermediate per head."""
-    if not isinstance(plan, VerticalSlash):
-        return plan.lower(m, n)
-    count = -(-n // plan.block)
-    offsets = torch.where((plan.slash < 0) | (plan.slash >= count), count, plan.slash).long()
-    present = torch.zeros(*plan.slash.shape[:2], count + 1, dtype=torch.bool, device=plan.slash.device)
-    present.scatter_(-1, offsets, True)
-    # Row r reads block c when present[r - c]: row r is a stretch of the reversed offsets, moved by r.
-    reversed_offsets = F.pad(present[..., :count].flip(-1), (0, count - 1))
-    mask = reversed_offsets.unfold(-1, count, 1).flip(-2)
-    blocks = Blocks.from_mask(mask, block_m=plan.block, block_n=plan.block)
-    return blocks.lower(m, n).with_columns(plan.vertical)
+def lowered(plan: Blocks | VerticalSlash, m: int, n: int) -> SparsePlan:
+    """`plan.lower`, made once per plan object and size; diagonals become blocks without an [R, R] intermediate."""
+    if isinstance(plan, VerticalSlash):
+
+        def diagonals() -> SparsePlan:
+            return SparsePlan.from_diagonals(plan.slash, n=n, block=plan.block).with_columns(plan.vertical)
+
+        return made_once(plan, ("lowered", m, n), diagonals, plan.slash, plan.vertical)
+    return plan.lowered(m, n)
 
 
 def _decode(call: Call, q: Tensor) -> tuple[Tensor, Tensor | None]:
-    from foveate.attention.backends.triton.gather_decode import gather_decode
+    from foveate.attention.backends.triton import ops
 
     plan = call.plan
     B, Hkv = call.k.shape[:2]
@@ -137,7 +138,7 @@ def _decode(call: Call, q: Tensor) -> tuple[Tensor, Tensor | None]:
     k_at, q_at = positions.k, positions.q
     if call.m == 1 and window is None and not positions.holes:
         k_at = q_at = None
-    return gather_decode(
+    return ops.gather_decode(
         q,
         call.k,
         call.v,
@@ -152,5 +153,4 @@ def _decode(call: Call, q: Tensor) -> tuple[Tensor, Tensor | None]:
         log_weight=call.log_weight,
         k_positions=k_at if k_at is None or k_at.stride(-1) == 1 else k_at.contiguous(),
         q_positions=None if q_at is None else q_at.expand(B, call.m).contiguous(),
-        return_lse=call.need_lse,
     )

@@ -11,8 +11,10 @@ import triton
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
+from foveate.attention.backends.triton.scan_configs import DeltaConfig, ScanConfig, VectorConfig
 from foveate.attention.backends.triton.scan_parts import (
     FIXED,
+    LOWEST,
     NONE,
     SCALAR,
     VECTOR,
@@ -51,14 +53,30 @@ class Cut:
         return self.tokens, self.length, self.per_sequence
 
     @classmethod
+    def fill(
+        cls, q: Tensor, v: Tensor, offsets: Sequence[int] | None, config: ScanConfig | DeltaConfig | VectorConfig, *,
+        longest: int | None = None,
+    ) -> Cut:  # fmt: skip
+        """Pieces enough to fill the device, for inputs q [B, T, H, K] and v [B, T, HV, V]."""
+        # Under symbolic shapes only B and T stay symbols.
+        (B, T), (HV, V) = v.shape[:2], map(int, v.shape[2:])
+        sequences = B if offsets is None else len(offsets) - 1
+        per_piece = HV * triton.cdiv(V, min(config.block_v, runtime.power_of_two(V, 16)))
+        wanted = config.per_sm * runtime.multiprocessors(q.device.index)
+        pieces = sequences
+        if 2 * sequences * per_piece < wanted:
+            pieces = max(sequences, min(wanted // per_piece, B * T // (config.chunk * config.shortest)))
+        return cls.plan(B, T, offsets, chunk=config.chunk, pieces=pieces, device=q.device, longest=longest)
+
+    @classmethod
     def plan(
         cls, batch: int, tokens: int, offsets: Sequence[int] | None, *,
         chunk: int, pieces: int, device: torch.device, longest: int | None = None,
     ) -> Cut:  # fmt: skip
         """About `pieces` pieces in all, none longer than `longest` tokens."""
-        lengths = [tokens] * batch if offsets is None else [b - a for a, b in pairwise(offsets)]
+        lengths = [tokens] if offsets is None else [b - a for a, b in pairwise(offsets)]
         most = max(lengths)
-        wanted = max(1, pieces * most // max(1, sum(lengths)))
+        wanted = triton.cdiv(pieces * most, sum(lengths) if offsets is not None else batch * tokens)
         size = triton.cdiv(triton.cdiv(most, wanted), chunk) * chunk
         if longest is not None:
             size = min(size, max(1, longest // chunk) * chunk)
@@ -76,6 +94,10 @@ class Cut:
         return cls(
             len(lengths), tokens, tokens, size, len(rows), per_sequence, table, torch.tensor(first).to(device)
         )  # fmt: skip
+
+    def by_piece(self, x: Tensor) -> Tensor:
+        """Rows [N, ...] of sequences as rows of their pieces, where none is split."""
+        return x if self.table is None else x[self.table[:, 0]]
 
     def after(self, states: Tensor, final: Tensor) -> Tensor:
         """The state after each piece [pieces, ...], from those before the pieces and those after the sequences."""
@@ -109,20 +131,26 @@ def steps(x: Tensor | None) -> tuple[int, int]:
 
 
 def decay_sums(g: Tensor | None, cut: Cut, chunk: int) -> Tensor | None:
-    """What kernels read as G: [HV] base-2 decays (FIXED) or [HV, total] sums inside chunks (SCALAR)."""
+    """What kernels read as G: [HV] base-2 decays (FIXED), or sums inside chunks: [HV, total] (SCALAR), [total, HV * K]
+    (VECTOR)."""
     if g is None:
         return None
     if g.dim() == 1:
-        return g.float() * runtime.LOG2E
-    B, T, H = g.shape
+        return g.float().clamp(min=LOWEST) * runtime.LOG2E
+    B, T = g.shape[:2]
+    channels = g.dim() == 4
+    if channels:
+        g = g.contiguous().flatten(2)
     if B > 1 and g.stride(0) != T * g.stride(1):
         g = g.contiguous()
-    out = torch.empty(H, cut.total, dtype=torch.float32, device=g.device)
-    block = min(16, runtime.power_of_two(H))
+    H = g.shape[2]
+    out = torch.empty((cut.total, H) if channels else (H, cut.total), dtype=torch.float32, device=g.device)
+    strides = out.stride() if channels else out.stride()[::-1]
+    block = min(128 if channels else 16, runtime.power_of_two(H))
     grid = (triton.cdiv(cut.length, chunk), cut.pieces, triton.cdiv(H, block))
     cumulative_kernel[grid](
-        g, cut.table, out, g.stride(1), g.stride(2), cut.total, *cut.sizes, HEADS=H, BLOCK_H=block, C=chunk, num_warps=4
-    )  # fmt: skip
+        g, cut.table, out, g.stride(1), g.stride(2), *strides, *cut.sizes, H, BLOCK_H=block, C=chunk, num_warps=4
+    )
     return out
 
 
@@ -132,6 +160,6 @@ def sum_from_end(rows: Tensor, anchor: Tensor, cut: Cut) -> Tensor:
     out = torch.empty_like(rows)
     block = min(32, runtime.power_of_two(H))
     gate_gradient_kernel[(triton.cdiv(H, block), cut.pieces)](
-        rows, anchor, cut.table, out, cut.total, *cut.sizes, HEADS=H, BLOCK_H=block, C=64, num_warps=4
+        rows, anchor, cut.table, out, cut.total, *cut.sizes, H, BLOCK_H=block, C=64, num_warps=4
     )
     return out

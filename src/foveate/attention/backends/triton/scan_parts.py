@@ -38,6 +38,20 @@ def bounds(TABLE, piece, tokens, length, per_sequence):
 
 
 @triton.jit
+def tile(X, row_stride, i, d, there, inside, MASKED: tl.constexpr, FULL: tl.constexpr):
+    """Rows i and channels d of X; rows past the end and channels past the width are 0."""
+    at = X + (i[:, None] * row_stride + d[None, :])
+    if MASKED and FULL:
+        return tl.load(at, mask=there[:, None], other=0.0)
+    elif MASKED:
+        return tl.load(at, mask=there[:, None] & inside[None, :], other=0.0)
+    elif FULL:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -46,15 +60,17 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def chunk_decay(G, at, i, start, end, gamma, C: tl.constexpr, DECAY: tl.constexpr):
-    """c [C] and c_L. G + at: the sums of the chunk's first token (SCALAR); gamma: one token's decay (FIXED)."""
+def chunk_decay(G, t, i, count, gamma, C: tl.constexpr, DECAY: tl.constexpr, MASKED: tl.constexpr):
+    """c [C] and c_L of the chunk of `count` tokens from t on. G: sums (SCALAR); gamma: one token's decay (FIXED)."""
     if DECAY == 1:
         c = (i + 1).to(tl.float32) * gamma
-        last = tl.minimum(end - start, C).to(tl.float32) * gamma
+        last = count * gamma
     else:
-        c = tl.load(G + at + i, mask=start + i < end, other=0.0)
-        # Sums never rise, so the last one is the least.
-        last = tl.min(c, 0)
+        if MASKED:
+            c = tl.load(G + t + i, mask=i < count, other=0.0)
+        else:
+            c = tl.load(G + t + i)
+        last = tl.load(G + t + count - 1)
     return c, last
 
 
@@ -87,12 +103,12 @@ def scores_between(scores, c, i, REVERSE: tl.constexpr, STRICT: tl.constexpr, DE
         return scores * between(c, i, REVERSE, STRICT, DECAY)
 
 
-@triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence"])
+@triton.jit(do_not_specialize=["tokens", "length", "per_sequence", "HEADS"])
 def cumulative_kernel(
-    G, TABLE, OUT, stride_t, stride_h, total, tokens, length, per_sequence,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, C: tl.constexpr,
+    G, TABLE, OUT, stride_t, stride_h, stride_ot, stride_oh, tokens, length, per_sequence, HEADS,
+    BLOCK_H: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """OUT [HEADS, total]: base-2 decays summed from the first token of each chunk. Grid (chunks, pieces, heads)."""
+    """OUT: base-2 decays summed from the first token of each chunk. Grid (chunks, pieces, heads or channels)."""
     _, begin, end, _, _ = bounds(TABLE, tl.program_id(1), tokens, length, per_sequence)
     start = begin + tl.program_id(0).to(tl.int64) * C
     if start >= end:
@@ -103,13 +119,14 @@ def cumulative_kernel(
     g = tl.load(G + start * stride_t + i[:, None] * stride_t + h[None, :] * stride_h, mask=there, other=0.0)
     g = tl.maximum(g.to(tl.float32), -80.0) * 1.4426950408889634
     c = tl.cumsum(g, 0)
-    tl.store(OUT + start + h.to(tl.int64)[None, :] * total + i[:, None], c, mask=there)
+    at = OUT + start * stride_ot + h.to(tl.int64)[None, :] * stride_oh + i[:, None] * stride_ot
+    tl.store(at, c, mask=there)
 
 
-@triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence"])
+@triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence", "HEADS"])
 def gate_gradient_kernel(
-    ROWS, ANCHOR, TABLE, OUT, total, tokens, length, per_sequence,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, C: tl.constexpr,
+    ROWS, ANCHOR, TABLE, OUT, total, tokens, length, per_sequence, HEADS,
+    BLOCK_H: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """OUT [total, HEADS]: ANCHOR [pieces, HEADS] plus the sum of ROWS [total, HEADS] from a token to its piece's end.
 
@@ -122,8 +139,9 @@ def gate_gradient_kernel(
     inside = h < HEADS
     carry = tl.load(ANCHOR + piece.to(tl.int64) * HEADS + h, mask=inside, other=0.0)
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    zero = tl.full([], 0, tl.int64)
     for step in range(0, chunks):
-        start = begin + (chunks - 1 - step).to(tl.int64) * C
+        start = begin + (zero + chunks - 1 - step) * C
         there = (start + i < end)[:, None] & inside[None, :]
         at = start * HEADS + i[:, None] * HEADS + h[None, :]
         x = tl.load(ROWS + at, mask=there, other=0.0)

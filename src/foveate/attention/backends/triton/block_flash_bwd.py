@@ -1,0 +1,324 @@
+"""Gradients of block-sparse flash attention: queries by the plan's rows, keys and values by its transposed lists.
+
+    p[i, j] = exp(s[i, j] - lse[i]),  s = scale * q k (capped),  D[i] = sum(dO[i] * O[i]) - dlse[i]
+    dS = p * (dO V^T - D) (times 1 - tanh^2 under a cap);  dQ = scale * dS K;  dK = scale * dS^T Q;  dV = p^T dO
+    d sink = - sum over queries of exp(sink - lse) * D
+
+Scores are recomputed from the log-sum-exp. Every gradient is summed by one thread block in a fixed order, so there are
+no atomics and two runs agree bit for bit. The kernel of keys and values computes its scores transposed: a product's
+result is never transposed (design/kernels.md, 6.1). The heads of a KV group are summed in the kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foveate.attention.backends.triton import configs, runtime
+from foveate.attention.backends.triton.block_flash import check_plan, first_of_tile, place, power_in, products
+from foveate.attention.sparse_plan import ByKeys, SparsePlan
+from foveate.errors import PlanError
+
+
+@triton.jit(do_not_specialize=["rows"])
+def delta_kernel(
+    O, DO, LSE, DLSE, STATE, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """STATE [2, rows]: the log-sum-exp in base 2 (inf for a query that reads nothing: its p is 0), and D."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = r < rows
+    d = tl.arange(0, BLOCK_DV)
+    there = live[:, None] & (d < DV)[None, :]
+    o = tl.load(O + r[:, None] * DV + d[None, :], mask=there, other=0.0).to(tl.float32)
+    do = tl.load(DO + r[:, None] * DV + d[None, :], mask=there, other=0.0).to(tl.float32)
+    lse = tl.load(LSE + r, mask=live, other=0.0)
+    delta = tl.sum(o * do, 1)
+    if DLSE is not None:
+        delta -= tl.load(DLSE + r, mask=live, other=0.0)
+    tl.store(STATE + r, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634), mask=live)
+    tl.store(STATE + rows + r, delta, mask=live)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b, a in float32 rounded to b's dtype."""
+    if UPCAST:
+        return acc + tl.dot(a, b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _weights(scores, lse, scale, SOFTCAP: tl.constexpr):
+    """exp(s - lse), from scores as `products` gives them; lse broadcasts over keys."""
+    if SOFTCAP:
+        return tl.exp2(scores - lse)
+    else:
+        return tl.exp2(scores * scale - lse)
+
+
+@triton.jit
+def _score_gradient(p, dp, delta, scores, softcap, SOFTCAP: tl.constexpr):
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        t = scores / softcap
+        ds = ds * (1.0 - t * t)
+    return ds
+
+
+@triton.jit(do_not_specialize=["rows", "row_blocks", "m", "n", "total", "scale", "softcap", "factor"])
+def query_gradient_kernel(
+    Q, K, V, DO, STATE, DQ, ROW_PTR, COL, N_FULL, ORDER,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    rows, row_blocks, m, n, total, scale, softcap, factor,
+    HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles,), placed as in the forward kernel. total: queries of all heads, the length of STATE's rows."""
+    row, b, h, first_query = place(tl.program_id(0), ORDER, rows, row_blocks, HQ, HKV, HEADS, PLAN_M, BLOCK_M)
+    hkv = (h // (HQ // HKV)).to(tl.int64)
+    r = first_query + tl.arange(0, BLOCK_M)
+    live = r < m
+    q_pos = n - m + r
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    out_row = (b * HQ + h) * m + r
+    q_at = Q + b * stride_qb + h.to(tl.int64) * stride_qh + r.to(tl.int64)[:, None] * stride_qm + d[None, :]
+    q = tl.load(q_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+    do = tl.load(DO + out_row[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+    lse = tl.load(STATE + out_row, mask=live, other=float("inf"))
+    delta = tl.load(STATE + total + out_row, mask=live, other=0.0)
+    k_at = K + b * stride_kb + hkv * stride_kh
+    v_at = V + b * stride_vb + hkv * stride_vh
+    begin = tl.load(ROW_PTR + row)
+    count = (tl.load(ROW_PTR + row + 1) - begin).to(tl.int32)
+    full = tl.load(N_FULL + row)
+    COL += begin
+    SPLIT: tl.constexpr = PLAN_N // BLOCK_N
+    key = tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    start = first_of_tile(COL, 0, full * SPLIT, PLAN_N, BLOCK_N)
+    for j in range(0, full * SPLIT):
+        slot = start + key
+        k_row = k_at + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
+        v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
+        k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
+        v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
+        scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+        p = _weights(scores, lse[:, None], scale, SOFTCAP)
+        dp = products(do, v, 0.0, 0.0, False, PRECISION, UPCAST)
+        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP)
+        acc = _dot(ds, k, acc, PRECISION, UPCAST)
+        start = first_of_tile(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
+    start = first_of_tile(COL, full * SPLIT, count * SPLIT, PLAN_N, BLOCK_N)
+    for j in range(full * SPLIT, count * SPLIT):
+        slot = start + key
+        there = slot < n
+        k_row = k_at + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
+        v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
+        k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
+        scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+        see = there[None, :]
+        if CAUSAL:
+            see = see & (slot[None, :] <= q_pos[:, None])
+        p = tl.where(see, _weights(scores, lse[:, None], scale, SOFTCAP), 0.0)
+        dp = products(do, v, 0.0, 0.0, False, PRECISION, UPCAST)
+        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP)
+        acc = _dot(ds, k, acc, PRECISION, UPCAST)
+        start = first_of_tile(COL, j + 1, count * SPLIT, PLAN_N, BLOCK_N)
+    tl.store(
+        DQ + out_row[:, None] * D + d[None, :],
+        (acc * factor).to(DQ.dtype.element_ty),
+        mask=live[:, None] & (d < D)[None, :],
+    )
+
+
+@triton.jit
+def _key_tile(
+    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
+    MASKED: tl.constexpr, EVEN: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values from BLOCK_M queries; EVEN: no tile ends past the last query."""
+    r = start + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    q_row = q_at + r.to(tl.int64)[:, None] * stride_qm + d[None, :]
+    do_row = do_at + r.to(tl.int64)[:, None] * DV + dv[None, :]
+    if EVEN:
+        q = tl.load(q_row) if D == BLOCK_D else tl.load(q_row, mask=(d < D)[None, :], other=0.0)
+        do = tl.load(do_row) if DV == BLOCK_DV else tl.load(do_row, mask=(dv < DV)[None, :], other=0.0)
+        lse = tl.load(lse_at + r)
+        delta = tl.load(delta_at + r)
+    else:
+        live = r < m
+        q = tl.load(q_row, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        do = tl.load(do_row, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+        lse = tl.load(lse_at + r, mask=live, other=float("inf"))
+        delta = tl.load(delta_at + r, mask=live, other=0.0)
+    scores = products(k, q, scale, softcap, SOFTCAP, PRECISION, UPCAST)
+    p = _weights(scores, lse[None, :], scale, SOFTCAP)
+    if MASKED:
+        p = tl.where(slot[:, None] <= (n - m + r)[None, :], p, 0.0)
+    dv_acc = _dot(p, do, dv_acc, PRECISION, UPCAST)
+    dp = products(v, do, 0.0, 0.0, False, PRECISION, UPCAST)
+    ds = _score_gradient(p, dp, delta[None, :], scores, softcap, SOFTCAP)
+    return _dot(ds, q, dk, PRECISION, UPCAST), dv_acc
+
+
+@triton.jit(do_not_specialize=["key_blocks", "m", "n", "total", "scale", "softcap", "factor"])
+def key_gradient_kernel(
+    Q, K, V, DO, STATE, DK, DV_OUT, PTR, ROW, N_MASKED, ORDER,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    key_blocks, m, n, total, scale, softcap, factor,
+    HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, BATCHED: tl.constexpr, PLAN_M: tl.constexpr,
+    PLAN_N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (parts of key blocks, key blocks, KV heads, sequences, in one number); a KV head's query heads in turn.
+
+    Key blocks go longest list first, by the lists of the group's first head.
+    """
+    PARTS: tl.constexpr = PLAN_N // BLOCK_N
+    SPLIT: tl.constexpr = PLAN_M // BLOCK_M
+    G: tl.constexpr = HQ // HKV
+    tile = tl.program_id(0)
+    head = tile // PARTS // key_blocks
+    b = (head // HKV).to(tl.int64)
+    hkv = head % HKV
+    plan_head = 0
+    if HEADS == HQ:
+        plan_head = hkv * G
+    elif HEADS == HKV:
+        plan_head = hkv
+    if BATCHED:
+        plan_head += head // HKV * HEADS
+    block = tl.load(ORDER + plan_head * key_blocks + tile // PARTS % key_blocks) % key_blocks
+    slot = block * PLAN_N + tile % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = slot < n
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    k_row = K + b * stride_kb + hkv.to(tl.int64) * stride_kh + slot.to(tl.int64)[:, None] * stride_kn + d[None, :]
+    v_row = V + b * stride_vb + hkv.to(tl.int64) * stride_vh + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
+    # Keys past the last one only spoil gradients of their own, which are not stored.
+    k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for g in range(G):
+        h = (hkv * G + g).to(tl.int64)
+        listed = plan_head * key_blocks + block
+        if HEADS == HQ:
+            listed += g * key_blocks
+        begin = tl.load(PTR + listed)
+        count = (tl.load(PTR + listed + 1) - begin).to(tl.int32) * SPLIT
+        masked = 0
+        if CAUSAL:
+            masked = tl.load(N_MASKED + listed) * SPLIT
+        rows = ROW + begin
+        q_at = Q + b * stride_qb + h * stride_qh
+        do_at = DO + (b * HQ + h) * m * DV
+        lse_at = STATE + (b * HQ + h) * m
+        delta_at = lse_at + total
+        if CAUSAL:
+            start = first_of_tile(rows, 0, masked, PLAN_M, BLOCK_M)
+            for j in range(0, masked):
+                dk, dv_acc = _key_tile(
+                    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
+                    True, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, PRECISION, UPCAST,
+                )  # fmt: skip
+                start = first_of_tile(rows, j + 1, masked, PLAN_M, BLOCK_M)
+        start = first_of_tile(rows, masked, count, PLAN_M, BLOCK_M)
+        for j in range(masked, count):
+            dk, dv_acc = _key_tile(
+                start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
+                False, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, PRECISION, UPCAST,
+            )  # fmt: skip
+            start = first_of_tile(rows, j + 1, count, PLAN_M, BLOCK_M)
+    out_row = head.to(tl.int64) * n + slot
+    tl.store(
+        DK + out_row[:, None] * D + d[None, :],
+        (dk * factor).to(DK.dtype.element_ty),
+        mask=there[:, None] & (d < D)[None, :],
+    )
+    tl.store(
+        DV_OUT + out_row[:, None] * DV + dv[None, :],
+        dv_acc.to(DV_OUT.dtype.element_ty),
+        mask=there[:, None] & (dv < DV)[None, :],
+    )
+
+
+def block_flash_bwd(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    lists: ByKeys | None = None,
+    config: tuple[configs.BackwardConfig, configs.BackwardConfig] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `block_flash_fwd` at its inputs and results, for gradients `do` of o and `dlse` of lse.
+
+    The plan may have no columns; lists: its transposed lists where they are made already.
+    Returns dq, dk, dv (contiguous, in their inputs' dtypes) and D [B, Hq, M] float32, from which a sink's gradient
+    follows.
+    """
+    B, Hq, M, D = q.shape
+    _, Hkv, N, DV = v.shape
+    check_plan(plan, B, Hq, Hkv, M, N)
+    if plan.columns is not None:
+        raise PlanError("block_flash_bwd reads plans of blocks; a plan with columns has no gradients here")
+    scale = D**-0.5 if scale is None else scale
+    do, o, lse = do.contiguous(), o.contiguous(), lse.contiguous()
+    dq = torch.empty(B, Hq, M, D, dtype=q.dtype, device=q.device)
+    dk = torch.empty(B, Hkv, N, D, dtype=k.dtype, device=k.device)
+    dv = torch.empty(B, Hkv, N, DV, dtype=v.dtype, device=v.device)
+    state = torch.empty(2, B, Hq, M, dtype=torch.float32, device=q.device)
+    by_query, by_key = config or configs.backward(max(D, DV), q.element_size())
+    block_d, block_dv = runtime.power_of_two(D, 16), runtime.power_of_two(DV, 16)
+    total = B * Hq * M
+    if not total:
+        return dq, dk.zero_(), dv.zero_(), state[1]
+    rows_at_once = max(1, 8192 // block_dv)
+    delta_kernel[(triton.cdiv(total, rows_at_once),)](
+        o, do, lse, None if dlse is None else dlse.contiguous(), state, total,
+        DV=DV, BLOCK_DV=block_dv, BLOCK=rows_at_once, num_warps=4,
+    )  # fmt: skip
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    factors = (scale / softcap if softcap else scale * runtime.LOG2E, (softcap or 0.0) * runtime.LOG2E, scale)
+    shape = {
+        "HQ": Hq, "HKV": Hkv, "HEADS": plan.heads, "PLAN_M": plan.block_m, "PLAN_N": plan.block_n,
+        "D": D, "DV": DV, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "CAUSAL": causal, "SOFTCAP": bool(softcap),
+        "PRECISION": runtime.dot_precision(q.dtype), "UPCAST": runtime.upcast(q.dtype),
+    }  # fmt: skip
+    most_m, most_n = power_in(plan.block_m), power_in(plan.block_n)
+    block_m, block_n = min(most_m, by_query.block_m), min(most_n, by_query.block_n)
+    query_gradient_kernel[(B * Hq * plan.row_blocks * (plan.block_m // block_m),)](
+        q, k, v, do, state, dq, plan.row_ptr, plan.col, plan.n_full, plan.order, *strides,
+        plan.batch * plan.heads * plan.row_blocks, plan.row_blocks, M, N, total, *factors,
+        BLOCK_M=block_m, BLOCK_N=block_n, **shape, num_warps=by_query.num_warps, num_stages=by_query.num_stages,
+    )  # fmt: skip
+    lists = lists or plan.by_keys
+    block_m, block_n = min(most_m, by_key.block_m), min(most_n, by_key.block_n)
+    key_gradient_kernel[(B * Hkv * plan.key_blocks * (plan.block_n // block_n),)](
+        q, k, v, do, state, dk, dv, lists.ptr, lists.row, lists.n_masked, lists.order, *strides,
+        plan.key_blocks, M, N, total, *factors,
+        BATCHED=plan.batch > 1, EVEN=M % plan.block_m == 0, BLOCK_M=block_m, BLOCK_N=block_n, **shape,
+        num_warps=by_key.num_warps, num_stages=by_key.num_stages,
+    )  # fmt: skip
+    return dq, dk, dv, state[1]

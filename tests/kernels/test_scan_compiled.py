@@ -1,0 +1,79 @@
+"""What the linear family launches compiles for Hopper to what was meant: tensor cores, copies ahead, few spills.
+
+No GPU is needed. These are facts of the compiler, not times.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def compiled(case: str) -> list[dict]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    command = [sys.executable, "-m", "tests.kernels.scan_cases", case]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def fits(kernel: dict) -> bool:
+    return kernel["shared"] <= 227 * 1024 and kernel["registers"] * kernel["num_warps"] * 32 <= 65536
+
+
+def test_many_heads_are_one_pass_whose_blocks_share_a_multiprocessor():
+    (scan,) = compiled("none 96x8192")
+    assert scan["kernel"] == "scan_kernel"
+    assert scan["grid"] == [2, 96, 1]
+    assert scan["wgmma"] > 0
+    assert scan["cp_async"] > 0
+    assert 2 * scan["shared"] <= 227 * 1024
+    assert 2 * scan["registers"] * scan["num_warps"] * 32 <= 65536
+    # A handful of words outside the loop.
+    assert scan["stack"] <= 64
+
+
+def test_few_heads_are_split_to_one_wave():
+    states, join, scan = compiled("fixed 8x65536")
+    assert [each["kernel"] for each in (states, join, scan)] == ["states_kernel", "join_kernel", "scan_kernel"]
+    blocks = scan["grid"][0] * scan["grid"][1] * scan["grid"][2]
+    assert 0.9 * 2 * 132 <= blocks <= 2 * 132
+    assert states["spills"] == join["spills"] == 0
+    assert all(fits(each) for each in (states, join, scan))
+
+
+def test_delta_rule_prepares_walks_and_joins():
+    kernels = compiled("scalar 8x65536 delta")
+    names = [each["kernel"] for each in kernels]
+    assert names == ["cumulative_kernel", "prepare_kernel", "delta_kernel", "join_kernel", "delta_kernel"]
+    prepare, walk = kernels[1], kernels[-1]
+    assert prepare["spills"] == 0
+    assert prepare["wgmma"] > 0
+    assert walk["wgmma"] > 0
+    assert all(fits(each) for each in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["scalar 16x8192 train", "scalar 16x8192 delta train"])
+def test_gradients_use_tensor_cores_and_fit(case):
+    kernels = compiled(case)
+    assert all(fits(each) for each in kernels)
+    walks = [each for each in kernels if each["kernel"] in ("scan_kernel", "delta_kernel", "delta_back_kernel")]
+    assert all(each["wgmma"] > 0 for each in walks)
+
+
+def test_a_step_reads_the_state_once():
+    (step,) = compiled("scalar 32x1 delta step")
+    assert step["spills"] == 0
+    assert step["grid"][0] * step["grid"][1] >= 132
