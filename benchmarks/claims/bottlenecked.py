@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     started = time.perf_counter()
     tokenizer = load_tokenizer("bytes")
@@ -154,8 +154,8 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "environment": environment(model),
     }
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "bottlenecked.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "bottlenecked.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ def arguments(doc: str | None, name: str, **numbers: int) -> argparse.Namespace:
     """--device, --out, --text, and an option for each number with its default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--text", default="manual", help="a text file; default: Python's manual")
     for option, default in numbers.items():
         parser.add_argument(f"--{option.replace('_', '-')}", type=int, default=default)
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.out = given.out / f"{name}.json"
+    return given
 
 
 def byte_lm(mixer: str, given: argparse.Namespace) -> dict[str, Any]:

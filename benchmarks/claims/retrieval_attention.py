@@ -7,27 +7,17 @@ exact retrieval does, while scanning a part of the keys.
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import torch
-from keeping import load, next_token, record, retrieval
+from keeping import arguments, load, next_token, record, retrieval
 
 from foveate.methods.index import KeyIndex
 from foveate.tasks.passkey import Passkey
 from foveate.tasks.perplexity import Perplexity
 
 SIZES = "sinks=16,window=64"
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
 
 
 class Scans:
@@ -55,9 +45,8 @@ class Scans:
 
 
 def main() -> None:
-    started, given = time.perf_counter(), arguments()
+    started, given = time.perf_counter(), arguments(__doc__, length=2048, seeds=2)
     model, tokenizer = load(given)
-    model.to(given.device)
     chosen = [
         "budget=0,index=flat",
         "budget=25,index=flat",

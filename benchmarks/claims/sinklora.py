@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     started = time.perf_counter()
     model, tokenizer = default_model(dtype=given.dtype, device=given.device)
@@ -121,8 +121,8 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "environment": environment(model),
     }
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "sinklora.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "sinklora.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
