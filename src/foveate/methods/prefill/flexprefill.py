@@ -99,7 +99,7 @@ class FlexPrefill(Method):
     def block_plan(self, q: Tensor, k: Tensor, scale: float) -> Blocks:
         """The blocks of q [B, Hq, N, D] and k [B, Hkv, N, D], rotated: a plan of Hq heads, exact causal inside."""
         choice = self._choice(q, k, scale)
-        if choice.maps or not has_kernels(q[:, :, -self.block :], k):
+        if choice.maps or not has_triton(k):
             return Blocks.from_mask(choice.mask(q.shape[0]), block_m=self.block, block_n=self.block, own_last=True)
         from foveate.attention.backends.triton import block_lists
 
@@ -168,9 +168,13 @@ class Choice:
         return chosen.unflatten(0, (batch, -1))
 
 
+def has_triton(x: Tensor) -> bool:
+    return x.is_cuda and importlib.util.find_spec("triton") is not None
+
+
 def has_kernels(last: Tensor, k: Tensor) -> bool:
-    """Whether Triton computes the masses of these last queries and lists the blocks."""
-    if not k.is_cuda or importlib.util.find_spec("triton") is None:
+    """Whether Triton computes the masses of these last queries."""
+    if not has_triton(k):
         return False
     from foveate.attention.backends.triton import last_queries
 
