@@ -18,7 +18,7 @@ from rich.console import Console
 from foveate.compare.study import RATES, causal_mixers, make_entries, run_study
 from foveate.compare.study_fit import StudyConfig
 from foveate.compare.study_report import Study
-from foveate.errors import OptionError
+from foveate.errors import MissingPackageError, OptionError
 
 RESULTS = Path(__file__).parent / "results"
 # The ones that matter most come first: when time is short, those after them are missing.
@@ -113,8 +113,11 @@ def show(name: str, study: Study, given: argparse.Namespace) -> None:
     console.print(f"{name}: {len(study.rows)} trainings, {len(unfinished)} not reached")
     out = given.out if name == "mixers" else given.out.with_stem(f"{given.out.stem}_{name}")
     console.print(study.to_json(out))
-    # The page holds plotly.js, and so is kept beside the cells.
-    console.print(study.report(study.out / "study.html"))
+    try:
+        # The page holds plotly.js, and so is kept beside the cells.
+        console.print(study.report(study.out / "study.html"))
+    except MissingPackageError as error:
+        console.print(f"no page: {error}")
 
 
 if __name__ == "__main__":

@@ -64,10 +64,11 @@ class TopkConfig:
     per_sm: int = 2
 
 
-# Not measured yet: a chunk of 2048 of 131072 in 8 rows fits in the registers of one thread block.
-TOPK = TopkConfig(block=4096, num_warps=4, most_chunks=32)
-# Rows up to this long are selected by one thread block that holds them in registers.
-TOPK_SINGLE = 8192
+# 2048 of 8 x 131072 float32: the fastest correct one of `benchmarks/gpu_attention2.py --only topk` on one H200,
+# 2026-11-24 (Triton 3.6.0).
+TOPK = TopkConfig(block=4096, num_warps=8, most_chunks=32)
+# Rows up to this long are selected by one thread block that holds them in registers: chunks win from 2048 on there.
+TOPK_SINGLE = 1024
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,11 @@ class BackwardConfig:
     num_stages: int
 
 
-# D -> (gradients of queries, gradients of keys and values). Not measured yet: design/kernels.md, 4c.
+# D -> (gradients of queries, gradients of keys and values). D 128: the fastest correct ones of
+# `benchmarks/gpu_attention2.py --only backward` on one H200, 2026-11-24 (32k tokens, density 0.107). Others: untried.
 BACKWARD: dict[int, tuple[BackwardConfig, BackwardConfig]] = {
     64: (BackwardConfig(128, 64, 8, 3), BackwardConfig(64, 128, 8, 3)),
-    128: (BackwardConfig(128, 64, 8, 2), BackwardConfig(64, 128, 8, 2)),
+    128: (BackwardConfig(128, 64, 8, 3), BackwardConfig(64, 64, 4, 2)),
     256: (BackwardConfig(32, 32, 4, 2), BackwardConfig(32, 32, 8, 2)),
 }
 
