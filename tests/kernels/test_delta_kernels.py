@@ -42,7 +42,7 @@ def _poison(monkeypatch):
 @pytest.fixture
 def _split(monkeypatch):
     """Sequences are cut into pieces of one chunk of 16 and more."""
-    delta = scan_configs.DeltaConfig(16, 16, 4, 1, sum_v=16, back_v=16, shortest=1, per_sm=6, solve="ieee")
+    delta = scan_configs.DeltaConfig(16, 16, 4, 1, sum_v=16, shortest=1, per_sm=6, solve="ieee")
     walk = scan_configs.ScanConfig(16, 16, 4, 1, sum_k=16, sum_v=16, shortest=1, per_sm=6)
     monkeypatch.setattr(scan_configs, "delta", lambda *a: delta)
     monkeypatch.setattr(scan_configs, "scan", lambda *a: walk)

@@ -50,6 +50,8 @@ class Backend:
     why_not: Callable[[LinearCall], str | None]
     scan: Callable[[LinearCall], Result]
     step: Callable[[LinearCall], Result]
+    # Why "auto" passes it over although it could run the call.
+    unchecked: Callable[[LinearCall], str | None] = lambda call: None
 
 
 def _triton() -> ModuleType:
@@ -69,7 +71,12 @@ def _why_not_triton(call: LinearCall) -> str | None:
 BACKENDS = {
     "reference": Backend(linear_reference.why_not, linear_reference.scan, linear_reference.step),
     "torch": Backend(linear_torch.why_not, linear_torch.scan, linear_torch.step),
-    "triton": Backend(_why_not_triton, lambda call: _triton().scan(call), lambda call: _triton().step(call)),
+    "triton": Backend(
+        _why_not_triton,
+        lambda call: _triton().scan(call),
+        lambda call: _triton().step(call),
+        lambda call: _triton().unchecked(call),
+    ),
 }
 
 
@@ -89,7 +96,7 @@ def choose(call: LinearCall, backend: str = "auto") -> Choice:
         return Choice(backend)
     passed_over: list[tuple[str, str]] = []
     for name in PREFERENCE.get(call.q.device.type, ("torch",)):
-        reason = BACKENDS[name].why_not(call)
+        reason = BACKENDS[name].why_not(call) or BACKENDS[name].unchecked(call)
         if reason is None:
             return Choice(name, tuple(passed_over))
         passed_over.append((name, reason))

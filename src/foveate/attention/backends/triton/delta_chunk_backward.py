@@ -23,7 +23,7 @@ from foveate.attention.backends.triton import runtime
 from foveate.attention.backends.triton.delta_chunk import triangle_inverse
 from foveate.attention.backends.triton.scan_configs import DeltaConfig
 from foveate.attention.backends.triton.scan_launch import Cut, steps
-from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, decay_row, product, scores_between, tile
+from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, product, scores_between, tile
 
 
 @triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence", "scale", "HEADS"])
@@ -50,9 +50,12 @@ def prepare_back_kernel(
     q = tile(Q + start * stride_qt + (h // K_GROUP) * stride_qh, stride_qt, i, d, there, d < DK, True, FULL_K)
     k = tile(K + start * stride_kt + (h // K_GROUP) * stride_kh, stride_kt, i, d, there, d < DK, True, FULL_K)
     beta = tl.load(BETA + start * stride_bt + h * stride_bh + i * stride_bt, mask=there, other=0.0).to(tl.float32)
+    gamma = 0.0
+    if DECAY == 1:
+        gamma = tl.load(G + h)
     c, c_last = i, 0.0
     if DECAY != 0:
-        c, c_last = chunk_decay(decay_row(G, h, start, total, C, DECAY), 0, i, count, DECAY, True)
+        c, c_last = chunk_decay(G, h * total + start, i, count, gamma, C, DECAY, True)
     A = scores_between(product(k, tl.trans(k), PRECISION, UPCAST), c, i, True, True, DECAY)
     T = triangle_inverse(A * beta[None, :], i, C, SOLVE)
     P = scores_between(product(k, tl.trans(q), PRECISION, UPCAST), c, i, True, False, DECAY) * scale
@@ -72,7 +75,7 @@ def prepare_back_kernel(
 @triton.jit
 def _chunk(
     R, Q, K, DO, W, U, BETA, G, ERRORS, OUT, ROWS, stride_qt, stride_kt, stride_ot, stride_bt,
-    t, count, i, d, e, scale, HEADS,
+    t, count, i, d, e, gamma, scale, HEADS,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -94,7 +97,7 @@ def _chunk(
     r = u + product(w, R.to(w.dtype), PRECISION, UPCAST)
     weight = tl.full([C], 1.0, tl.float32)
     if DECAY != 0:
-        c, c_last = chunk_decay(G, t, i, count, DECAY, MASKED)
+        c, c_last = chunk_decay(G, t, i, count, gamma, C, DECAY, MASKED)
         weight = tl.exp2(c)
         R = R * tl.exp2(c_last)
     R += product(tl.trans(q), (do * (weight * scale)[:, None]).to(q.dtype), PRECISION, UPCAST)
@@ -146,8 +149,11 @@ def delta_back_kernel(
     W += (h * total + begin) * DK
     U += (h * total + begin) * DV
     BETA += begin * stride_bt + h * stride_bh
-    if DECAY != 0:
-        G = decay_row(G, h, begin, total, C, DECAY)
+    gamma = 0.0
+    if DECAY == 1:
+        gamma = tl.load(G + h)
+    elif DECAY == 2:
+        G += h * total + begin
     size = (end - begin).to(tl.int32)
     whole = size // C
     rest = size % C
@@ -155,13 +161,13 @@ def delta_back_kernel(
     if rest > 0:
         R = _chunk(
             R, Q, K, DO, W, U, BETA, G, ERRORS, OUT, ROWS, stride_qt, stride_kt, stride_ot, stride_bt,
-            zero + whole * C, rest, i, d, e, scale,
+            zero + whole * C, rest, i, d, e, gamma, scale,
             HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, True, PRECISION, UPCAST,
         )  # fmt: skip
     for step in range(0, whole):
         R = _chunk(
             R, Q, K, DO, W, U, BETA, G, ERRORS, OUT, ROWS, stride_qt, stride_kt, stride_ot, stride_bt,
-            (zero + whole - 1 - step) * C, C, i, d, e, scale,
+            (zero + whole - 1 - step) * C, C, i, d, e, gamma, scale,
             HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, False, PRECISION, UPCAST,
         )  # fmt: skip
     if LOCAL:

@@ -30,6 +30,18 @@ def why_not(call: LinearCall) -> str | None:
     return None
 
 
+def unchecked(call: LinearCall) -> str | None:
+    """Why backend="auto" leaves a call to torch although the kernels could run it: no configuration of its shape was
+    found correct on a GPU yet (`benchmarks/gpu_scans.py`, or `foveate tune` here)."""
+    K, V = call.q.shape[-1], call.v.shape[-1]
+    what = f"{call.q.dtype} with K = {K}, V = {V}"
+    if call.k.shape[1] == 1:
+        return "single steps were not checked on a GPU yet; backend='triton' runs them all the same"
+    if call.q.dtype == torch.float32 or call.normalize or min(K, V) <= 64 or max(K, V) > 128:
+        return f"{what} was not checked on a GPU yet; backend='triton' runs it all the same"
+    return None
+
+
 def _wants_gradient(call: LinearCall) -> bool:
     inputs = (call.q, call.k, call.v, call.g, call.beta, call.initial_state)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

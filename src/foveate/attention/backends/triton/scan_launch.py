@@ -131,13 +131,12 @@ def steps(x: Tensor | None) -> tuple[int, int]:
 
 
 def decay_sums(g: Tensor | None, cut: Cut, chunk: int) -> Tensor | None:
-    """What kernels read as G: base-2 decays summed inside chunks, [HV, chunk] (FIXED: every chunk's), [HV, total]
-    (SCALAR) or [total, HV * K] (VECTOR)."""
+    """What kernels read as G: [HV] base-2 decays (FIXED), or sums inside chunks: [HV, total] (SCALAR), [total, HV * K]
+    (VECTOR)."""
     if g is None:
         return None
     if g.dim() == 1:
-        one = g.float().clamp(min=LOWEST) * runtime.LOG2E
-        return one[:, None] * torch.arange(1, chunk + 1, dtype=torch.float32, device=g.device)
+        return g.float().clamp(min=LOWEST) * runtime.LOG2E
     B, T = g.shape[:2]
     channels = g.dim() == 4
     if channels:
