@@ -23,8 +23,10 @@ DEMO_METHODS = (
     "streaming-llm:window=508",
     "snapkv:budget=512,window=16,kernel=7,pool=max",
     "adakv:budget=512",
+    "expected-attention:budget=512",
     "tova:budget=512",
     "quest:budget=512",
+    "recycled:budget=512",
     "duo",
     "flexprefill+snapkv:budget=512+quest:budget=128",
 )

@@ -99,7 +99,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode 4096 D64": partial(decode, 131072, 4096, d=64),
     "topk float32": partial(topk, 131072, 2048, torch.float32),
     "topk bfloat16": partial(topk, 131072, 2048, BF16),
-    "topk short": partial(topk, 2048, 64, torch.float32),
+    "topk short": partial(topk, 1024, 64, torch.float32),
     "topk 8192": partial(topk, 8192, 512, torch.float32),
     "blocks of 128": partial(blocks, 131072),
     "blocks of 64 and columns": partial(blocks, 131072, 64, columns=2048),
