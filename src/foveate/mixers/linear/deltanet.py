@@ -30,6 +30,11 @@ from foveate.registry import register
     arxiv="2406.06484",
     year=2024,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, best of the rates tried: "
+        "accuracy 0.990 with 19 kB of state; softmax 1.000 with 132 kB, plain linear attention 0.906 with "
+        "17 kB (benchmarks/results/mqar_long.json)."
+    ),
 )
 class DeltaNetMixer(Mixer):
     """The delta rule without decay.

@@ -42,6 +42,11 @@ def initial_step_bias(like: Tensor) -> Tensor:
     arxiv="2412.06464",
     year=2024,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, best of the rates tried: "
+        "accuracy 0.991 with 21 kB of state; softmax 1.000 with 132 kB, plain linear attention 0.906 with "
+        "17 kB (benchmarks/results/mqar_long.json)."
+    ),
 )
 class GatedDeltaNetMixer(Mixer):
     """The delta rule with decay.

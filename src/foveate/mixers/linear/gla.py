@@ -29,6 +29,11 @@ from foveate.registry import register
     arxiv="2312.06635",
     year=2023,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, best of the rates tried: "
+        "accuracy 0.791 with 9 kB of state; softmax 1.000 with 132 kB, plain linear attention 0.906 with 17 "
+        "kB (benchmarks/results/mqar_long.json)."
+    ),
 )
 class GLAMixer(Mixer):
     """Gated linear attention.

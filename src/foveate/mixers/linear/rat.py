@@ -48,6 +48,11 @@ class RATState(MixerState):
     year=2025,
     applies_to="from scratch",
     small={"chunk": 5},
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, best of the rates tried: "
+        "accuracy 0.081 with 9 kB of state (groups=1, one head), below plain linear attention (0.906 with "
+        "17 kB), against the paper; softmax 1.000 with 132 kB (benchmarks/results/mqar_long.json)."
+    ),
 )
 class RATMixer(Mixer):
     """Softmax attention over chunks that a gated recurrence has summed up.
