@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's interpreter runs kernels where there is no GPU; it must be chosen before anything imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):

@@ -34,7 +34,8 @@ def smallest(task: Task, family: str) -> int:
 @given(
     name=st.sampled_from(sorted(EVERY)),
     family=st.sampled_from(FAMILIES),
-    more=st.integers(0, 800),
+    # The bundled text has about 800 tokens of the word-level tokenizer.
+    more=st.integers(0, 650),
     seed=st.integers(0, 10**6),
 )
 def test_any_length_from_the_smallest_on_is_met_exactly(name: str, family: str, more: int, seed: int) -> None:
