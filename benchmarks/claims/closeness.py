@@ -6,8 +6,6 @@ Scripts take --device, --length, --seeds, --dtype and --out (default benchmarks/
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,8 @@ import torch.nn.functional as F
 from keeping import RESULTS, mean
 from torch import Tensor
 
-from foveate.compare.environment import environment, model_facts
 from foveate.hf import apply
 from foveate.hf.compat import cache_keyword
-from foveate.hf.models import default_model
 from foveate.methods import Method
 from foveate.tasks.base import Task
 
@@ -35,10 +31,6 @@ def parser(doc: str | None, *, length: int, seeds: int) -> argparse.ArgumentPars
     made.add_argument("--dtype", default="float32")
     made.add_argument("--out", type=Path, default=RESULTS)
     return made
-
-
-def load(given: argparse.Namespace) -> tuple[Any, Any]:
-    return default_model(dtype=given.dtype, device=given.device)
 
 
 def prompts(task: Task, tokenizer: Any, given: argparse.Namespace) -> list[Prompt]:
@@ -99,19 +91,3 @@ def closeness(model: Any, methods: dict[str, str | Method], given: list[Prompt])
 
 def by_spec(methods: Sequence[str]) -> dict[str, str | Method]:
     return {method: method for method in methods}
-
-
-def record(name: str, claim: str, model: Any, given: argparse.Namespace, started: float, **rows: Any) -> None:
-    """Write what came out, with what it was made on."""
-    made = {
-        "claim": claim,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "environment": environment(model),
-        "model": model_facts(model),
-        "seconds": round(time.perf_counter() - started, 1),
-        **rows,
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"{name}.json"
-    path.write_text(json.dumps(made, indent=2) + "\n")
-    print(path)

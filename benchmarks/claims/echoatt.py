@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from closeness import load, parser, record
+from closeness import parser
+from keeping import load, record
 
 from foveate.hf.calibrate import calibrate
 from foveate.hf.compat import cache_keyword, new_dynamic_cache

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from closeness import Prompt, by_spec, closeness, load, parser, prompts, record
-from keeping import mean
+from closeness import Prompt, by_spec, closeness, parser, prompts
+from keeping import load, mean, record
 from torch import Tensor
 
 from foveate.hf import apply

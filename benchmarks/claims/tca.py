@@ -13,7 +13,8 @@ import tempfile
 import time
 
 import torch
-from closeness import by_spec, closeness, load, parser, prompts, record
+from closeness import by_spec, closeness, parser, prompts
+from keeping import load, record
 
 from foveate.hf.calibrate import calibrate
 from foveate.methods.calibrated import table_profile

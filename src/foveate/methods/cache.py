@@ -7,7 +7,6 @@ different numbers of tokens; then it is packed, and the bytes really go away.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from foveate.attention.positions import Positions
 from foveate.errors import StateError, UnsupportedCacheError
+from foveate.methods.states import state_batch, state_bytes
 from foveate.methods.storage import Rows, Segments
 
 
@@ -145,7 +145,7 @@ class LayerCache:
         """Allocated bytes: keys, values, positions, weights, extras and states."""
         total = sum(rows.nbytes() for rows in self._rows.values())
         total += self.packed.nbytes() if self.packed is not None else 0
-        return total + sum(_state_bytes(state) for state in self.states.values())
+        return total + sum(state_bytes(state) for state in self.states.values())
 
     # --- changes
 
@@ -192,8 +192,7 @@ class LayerCache:
     def buffers(self) -> tuple[dict[str, Tensor], list[int], list[int]]:
         """The storage as flat rows: name -> [R, ...], and where each segment b * Hkv + h starts and how long it is.
 
-        For writers that count on the device; `advance` tells the cache of what they wrote. Fields that all heads
-        share ("positions" of one head) are not among them.
+        For writers that count on the device, who then call `advance`. Fields that all heads share are left out.
         """
         if self.packed is not None:
             return dict(self.packed.fields), list(self.packed.start), list(self.packed.length)
@@ -368,7 +367,7 @@ class LayerCache:
             self.packed.batch(index.tolist(), self.shape[1])
         if self._next is not None:
             self._next = self._next.index_select(0, index.to(self._next.device))
-        self.states = {key: _state_batch(state, index, self.shape[0]) for key, state in self.states.items()}
+        self.states = {key: state_batch(state, index, self.shape[0]) for key, state in self.states.items()}
         self.shape = (index.numel(), self.shape[1])
 
     def crop(self, tokens: int) -> None:
@@ -399,29 +398,3 @@ class LayerCache:
         if q_positions is None:
             q_positions = self.latest(m, held.device)
         return Positions(q_positions, held, self.holes, self.ordered)
-
-
-def _state_bytes(state: Any) -> int:
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    if dataclasses.is_dataclass(state):
-        return sum(_state_bytes(getattr(state, each.name)) for each in dataclasses.fields(state))
-    if isinstance(state, list | tuple):
-        return sum(_state_bytes(each) for each in state)
-    return 0
-
-
-def _state_batch(state: Any, index: Tensor, batch: int) -> Any:
-    """Select sequences in every batch-first tensor of a state; a state that knows better has `reorder(index)`."""
-    if hasattr(state, "reorder"):
-        return state.reorder(index)
-    if isinstance(state, Tensor):
-        return state.index_select(0, index.to(state.device)) if state.dim() and state.shape[0] == batch else state
-    if dataclasses.is_dataclass(state) and not isinstance(state, type):
-        changed = {
-            each.name: _state_batch(getattr(state, each.name), index, batch) for each in dataclasses.fields(state)
-        }
-        return dataclasses.replace(state, **changed)
-    if isinstance(state, list | tuple):
-        return type(state)(_state_batch(each, index, batch) for each in state)
-    return state
