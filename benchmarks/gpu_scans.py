@@ -3,8 +3,9 @@
     python benchmarks/gpu_scans.py [--only linear,gated_delta_long] [--out FILE]
 
 Outputs, states and gradients are judged by the chunked backend in float64 (which the tests hold to the recurrence to
-1e-12) on the timed inputs where float64 fits in memory, and for gradients on 4 heads of 8,209 tokens in the same
-configuration. Wrong candidates have a FAIL and no time. Times are medians over replays of a CUDA graph.
+1e-12) on the timed inputs where float64 fits in memory, and, for gradients too, on 4 heads of 8,209 tokens in the same
+configuration. The shipped tables are checked at other widths. Wrong candidates have a FAIL and no time. Times are
+medians over replays of a CUDA graph.
 All candidates are compiled by parallel processes first. The jobs then run in one process, or, where one of them
 breaks the device, the rest in a fresh one. Writes gpu_scans.json to $OUT (benchmarks/results/ when OUT is unset).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,19 +32,33 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks.gpu_timing import ROWS, attempt, error, failed  # noqa: E402
 
+Candidate = tuple[Any, ...]
 # Chunk, value block, warps, stages.
-SCANS = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)]
-LONG_SCANS = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)]
-# The same and warps of the preparation, thread blocks per multiprocessor.
-DELTAS = [(64, 64, 4, 1, 4, 2), (64, 64, 4, 2, 4, 1), (64, 32, 4, 2, 4, 2), (64, 64, 8, 2, 4, 1)]
-TRAINED = [(64, 64, 4, 2), (64, 64, 8, 2)]
+SCANS = [(64, 64, 4, 2), (64, 64, 4, 3)]
+# The same, registers and precision of the preparation, columns and warps of the sums, thread blocks per multiprocessor.
+DELTAS = [
+    (64, 128, 8, 2, None, "tf32", 128, 8, 1),
+    (64, 128, 8, 2, 168, "tf32", 128, 8, 1),
+    (64, 128, 8, 3, 128, "tf32", 128, 8, 1),
+    (64, 128, 8, 2, 168, "bf16", 128, 8, 1),
+]
+LONG_DELTAS = [
+    (64, 128, 8, 2, 168, "bf16", 64, 4, 1),
+    (64, 128, 8, 3, 128, "bf16", 64, 4, 1),
+    (64, 128, 8, 2, 128, "bf16", 64, 4, 1),
+    (64, 128, 8, 2, 168, "bf16", 128, 8, 1),
+]
+TRAINED_DELTAS = [LONG_DELTAS[0]]
 # Chunk, value block, warps, stages, warps of the scores.
-VECTORS = [(64, 64, 8, 1, 8), (32, 64, 4, 1, 4), (64, 32, 4, 1, 8)]
+VECTORS = [(32, 64, 4, 1, 4), (32, 64, 4, 2, 4)]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shape. decay: none, fixed, scalar or vector. floor: tensors of [N, H, D] that must pass through memory."""
+    """One shape; width: K, V. Without candidates only the shipped table is checked.
+
+    decay: none, fixed, scalar or vector. floor: tensors of [N, H, D] that must pass through memory.
+    """
 
     heads: int
     length: int
@@ -49,34 +66,40 @@ class Job:
     delta: bool = False
     backward: bool = False
     floor: int = 4
-    candidates: list[tuple[int, ...]] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    width: tuple[int, int] = (128, 128)
 
 
 JOBS = {
     "linear": Job(96, 8192, "none", candidates=SCANS),
     "retention": Job(96, 8192, "fixed", candidates=SCANS),
-    "scalar_gate": Job(96, 8192, "scalar", candidates=LONG_SCANS),
-    "linear_long": Job(8, 65536, "none", candidates=LONG_SCANS),
-    "retention_long": Job(8, 65536, "fixed", candidates=LONG_SCANS),
-    "scalar_gate_long": Job(8, 65536, "scalar", candidates=LONG_SCANS),
+    "scalar_gate": Job(96, 8192, "scalar", candidates=SCANS),
+    "linear_long": Job(8, 65536, "none", candidates=SCANS),
+    "retention_long": Job(8, 65536, "fixed", candidates=SCANS[:1]),
     "delta": Job(96, 8192, "none", True, candidates=DELTAS),
     "gated_delta": Job(96, 8192, "scalar", True, candidates=DELTAS),
-    "delta_long": Job(8, 65536, "none", True, candidates=DELTAS),
-    "gated_delta_long": Job(8, 65536, "scalar", True, candidates=DELTAS),
-    "linear_train": Job(16, 65536, "none", backward=True, floor=11, candidates=TRAINED),
-    "lightning_train": Job(16, 65536, "fixed", backward=True, floor=11, candidates=TRAINED),
-    "scalar_gate_train": Job(16, 65536, "scalar", backward=True, floor=11, candidates=TRAINED),
+    "delta_long": Job(8, 65536, "none", True, candidates=LONG_DELTAS),
+    "gated_delta_long": Job(8, 65536, "scalar", True, candidates=LONG_DELTAS),
+    "linear_train": Job(16, 65536, "none", backward=True, floor=11, candidates=SCANS),
+    "lightning_train": Job(16, 65536, "fixed", backward=True, floor=11, candidates=SCANS[:1]),
+    "scalar_gate_train": Job(16, 65536, "scalar", backward=True, floor=11, candidates=SCANS[:1]),
     "vector_gate_train": Job(16, 65536, "vector", backward=True, floor=15, candidates=VECTORS),
-    "gated_delta_train": Job(16, 65536, "scalar", True, True, floor=12, candidates=DELTAS[1:3]),
+    "gated_delta_train": Job(16, 65536, "scalar", True, True, floor=12, candidates=TRAINED_DELTAS),
 }
+# Correctness of the shipped tables alone, at other widths (K, V).
+for K, V in ((128, 16), (128, 32), (64, 64), (256, 256)):
+    JOBS[f"check_gate_{K}_{V}"] = Job(4, 8209, "scalar", backward=True, width=(K, V))
+    JOBS[f"check_delta_{K}_{V}"] = Job(4, 8209, "scalar", True, True, width=(K, V))
+    JOBS[f"check_vector_{K}_{V}"] = Job(4, 8209, "vector", backward=True, width=(K, V))
 
 
 def draw(job: Job, heads: int, length: int) -> dict[str, torch.Tensor]:
     """Inputs [1, N, H, D] in bfloat16; keys of norm 1 for the delta rule, decays that forget over 10 to 1000 tokens."""
     from foveate.attention.linear import head_decay
 
-    shape = (1, length, heads, 128)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    K, V = job.width
+    shape = (1, length, heads, K)
+    q, k, v = (torch.randn(1, length, heads, n, device="cuda", dtype=torch.bfloat16) for n in (K, K, V))
     inputs = {"q": q, "k": k, "v": v}
     if job.delta:
         inputs["k"] = torch.nn.functional.normalize(k.float(), dim=-1).bfloat16()
@@ -93,14 +116,20 @@ def draw(job: Job, heads: int, length: int) -> dict[str, torch.Tensor]:
 class Case:
     """A job's inputs and one candidate's launches."""
 
-    def __init__(self, job: Job, inputs: dict[str, torch.Tensor], candidate: tuple[int, ...]) -> None:
+    def __init__(self, job: Job, inputs: dict[str, torch.Tensor], candidate: Candidate | None) -> None:
         from foveate.attention.backends.triton.scan_configs import DeltaConfig, ScanConfig, VectorConfig
 
         self.job, self.inputs = job, inputs
+        self.scale = job.width[0] ** -0.5
+        self.config: Any = None
+        if candidate is None:
+            return
         if job.delta:
-            chunk, block_v, warps, stages, prepare_warps, per_sm = candidate
-            self.config = DeltaConfig(chunk, block_v, warps, stages, prepare_warps=prepare_warps, per_sm=per_sm)
-            self.walk = ScanConfig(64, 64, 4, 2)
+            chunk, block_v, warps, stages, registers, solve, sum_v, sum_warps, per_sm = candidate
+            self.config = DeltaConfig(
+                chunk, block_v, warps, stages,
+                prepare_registers=registers, solve=solve, sum_v=sum_v, sum_warps=sum_warps, per_sm=per_sm,
+            )  # fmt: skip
         elif job.decay == "vector":
             self.config = VectorConfig(*candidate)
         else:
@@ -115,11 +144,11 @@ class Case:
         gate = job.backward and job.decay in ("scalar", "vector")
         if job.delta:
             return delta_forward(
-                x["q"], x["k"], x["v"], x["beta"], x.get("g"), None, 128**-0.5, None, gate, job.backward, self.config
+                x["q"], x["k"], x["v"], x["beta"], x.get("g"), None, self.scale, None, gate, job.backward, self.config
             )
         if job.decay == "vector":
-            return vector_forward(x["q"], x["k"], x["v"], x["g"], None, 128**-0.5, None, gate, self.config)
-        return scan_forward(x["q"], x["k"], x["v"], x.get("g"), None, 128**-0.5, None, gate, self.config)
+            return vector_forward(x["q"], x["k"], x["v"], x["g"], None, self.scale, None, gate, self.config)
+        return scan_forward(x["q"], x["k"], x["v"], x.get("g"), None, self.scale, None, gate, self.config)
 
     def backward(self, saved: tuple, do: torch.Tensor) -> dict[str, torch.Tensor | None]:
         from foveate.attention.backends.triton.delta_launch import delta_backward
@@ -131,17 +160,17 @@ class Case:
         _, final, kept = saved
         if job.delta:
             dq, dk, dv, dbeta, dg, _ = delta_backward(
-                x["q"], x["k"], x["v"], x["beta"], x.get("g"), None, 128**-0.5, None, gate, final, kept, do, None,
-                self.config, self.walk,
+                x["q"], x["k"], x["v"], x["beta"], x.get("g"), None, self.scale, None, gate, final, kept, do, None,
+                self.config,
             )  # fmt: skip
             return {"q": dq, "k": dk, "v": dv, "beta": dbeta, "g": dg}
         if job.decay == "vector":
             dq, dk, dv, dg, _ = vector_backward(
-                x["q"], x["k"], x["v"], x["g"], None, 128**-0.5, None, gate, final, kept, do, None, self.config
+                x["q"], x["k"], x["v"], x["g"], None, self.scale, None, gate, final, kept, do, None, self.config
             )
             return {"q": dq, "k": dk, "v": dv, "g": dg}
         dq, dk, dv, dg, _ = scan_backward(
-            x["q"], x["k"], x["v"], x.get("g"), None, 128**-0.5, None, gate, final, kept, do, None, self.config
+            x["q"], x["k"], x["v"], x.get("g"), None, self.scale, None, gate, final, kept, do, None, self.config
         )
         return {"q": dq, "k": dk, "v": dv, "g": dg}
 
@@ -173,7 +202,7 @@ def judge_of(want: tuple[torch.Tensor, torch.Tensor], gate: float = 5e-3) -> Cal
     return judge
 
 
-def gradient_errors(job: Job, candidate: tuple[int, ...]) -> dict[str, float]:
+def gradient_errors(job: Job, candidate: Candidate | None) -> dict[str, float]:
     """Errors of all gradients on 4 heads of 8,209 tokens, by autograd of the chunked backend in float64."""
     from foveate.attention.linear import linear_scan
 
@@ -192,21 +221,49 @@ def gradient_errors(job: Job, candidate: tuple[int, ...]) -> dict[str, float]:
     return found
 
 
+def ragged_errors(job: Job, candidate: Candidate, inputs: dict[str, torch.Tensor], want: Any) -> dict[str, float]:
+    """Errors where the last chunk is not whole."""
+    o, final, *_ = Case(job, inputs, candidate).forward()
+    return {"ragged_error": error(o, want[0].double()), "ragged_state_error": error(final, want[1])}
+
+
 GRADIENT_GATES = {"error": 5e-3, "dq": 1.5e-2, "dk": 1.5e-2, "dv": 1.5e-2, "dbeta": 1.5e-2, "dg": 2e-2}
+
+
+def judged_gradients(job: Job, candidate: Candidate | None) -> dict[str, float]:
+    found = gradient_errors(job, candidate)
+    over = {key: value for key, value in found.items() if not value <= GRADIENT_GATES[key]}
+    assert not over, f"errors {over} of {found}"
+    return found
 
 
 def run_job(name: str) -> None:
     job = JOBS[name]
+    if not job.candidates:
+        try:
+            ROWS.append({"part": "scans", "what": name, "us": None, **judged_gradients(job, None)})
+        except Exception as problem:
+            failed("scans", name, f"{type(problem).__name__}: {str(problem)[:300]}")
+        check_device()
+        return
     inputs = draw(job, job.heads, job.length)
     floor = job.floor * inputs["q"].numel() * 2 / 4.27e6
     if not job.backward:
-        judge = judge_of(reference(inputs))
+        whole, part = judge_of(reference(inputs)), draw(job, 4, 8209)
+        part_want = reference(part)
         for candidate in job.candidates:
             case = Case(job, inputs, candidate)
+
+            def judge(got, candidate: Candidate = candidate) -> dict:
+                found = whole(got) | ragged_errors(job, candidate, part, part_want)
+                assert found["ragged_error"] <= 5e-3, f"{found} with a part of a chunk"
+                assert found["ragged_state_error"] <= 1e-2, f"{found} with a part of a chunk"
+                return found
+
             attempt("scans", f"{name} | {candidate}", lambda i, case=case: case.forward(), judge, 2, floor)
             check_device()
         return
-    do = torch.randn_like(inputs["q"])
+    do = torch.randn_like(inputs["v"])
     for candidate in job.candidates:
         case = Case(job, inputs, candidate)
 
@@ -214,13 +271,10 @@ def run_job(name: str) -> None:
             saved = case.forward()
             return saved, case.backward(saved, do)
 
-        def judge(got, candidate: tuple[int, ...] = candidate) -> dict:
+        def judge(got, candidate: Candidate = candidate) -> dict:
             for each in (got[0][0], *got[1].values()):
                 assert each is None or bool(each.isfinite().all()), "not finite at the timed shape"
-            found = gradient_errors(job, candidate)
-            over = {key: value for key, value in found.items() if value > GRADIENT_GATES[key]}
-            assert not over, f"errors {over} of {found}"
-            return found
+            return judged_gradients(job, candidate)
 
         attempt("scans", f"{name} | {candidate} | forward + backward", both, judge, 1, floor)
         check_device()
@@ -240,13 +294,13 @@ def check_device() -> None:
 def compile_job(name: str) -> None:
     """Run every candidate once; failures are reported where they are judged."""
     job = JOBS[name]
-    inputs = draw(job, job.heads, job.length)
-    for candidate in job.candidates:
+    shapes = [draw(job, job.heads, job.length), draw(job, 4, 8209)]
+    for candidate, inputs in itertools.product(job.candidates or [None], shapes):
         try:
             case = Case(job, inputs, candidate)
             saved = case.forward()
             if job.backward:
-                case.backward(saved, torch.randn_like(inputs["q"]))
+                case.backward(saved, torch.randn_like(inputs["v"]))
             torch.cuda.synchronize()
         except Exception as problem:
             print(f"compile {name} {candidate}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)

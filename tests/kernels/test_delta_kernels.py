@@ -42,7 +42,7 @@ def _poison(monkeypatch):
 @pytest.fixture
 def _split(monkeypatch):
     """Sequences are cut into pieces of one chunk of 16 and more."""
-    delta = scan_configs.DeltaConfig(16, 16, 4, 1, sum_v=16, shortest=1, per_sm=6, solve="ieee")
+    delta = scan_configs.DeltaConfig(16, 16, 4, 1, sum_v=16, back_v=16, shortest=1, per_sm=6, solve="ieee")
     walk = scan_configs.ScanConfig(16, 16, 4, 1, sum_k=16, sum_v=16, shortest=1, per_sm=6)
     monkeypatch.setattr(scan_configs, "delta", lambda *a: delta)
     monkeypatch.setattr(scan_configs, "scan", lambda *a: walk)
@@ -97,6 +97,13 @@ def test_pieces_of_one_sequence(form, with_state):
 def test_widths(width):
     tensors = inputs("scalar-delta", 20, k=width[0], v=width[1], heads=(2, 2))
     assert error(run(tensors)[0], recurrence(tensors)[0]) < 1e-5
+
+
+@pytest.mark.usefixtures("_split")
+def test_pieces_of_the_widest_head():
+    """A map of 256 x 256 is applied in two parts."""
+    found = gradient_errors(inputs("scalar-delta", 40, k=200, v=16, heads=(1, 1)), None, floor=1e-2)
+    assert max(found.values()) < 1e-5, found
 
 
 @pytest.mark.parametrize("form", FORMS)

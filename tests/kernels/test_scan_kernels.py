@@ -257,6 +257,24 @@ def test_compiled_without_graph_breaks(form):
         assert error(x.grad, theirs[name].grad.double()) < 1e-6, name
 
 
+def test_half_precision_products_are_never_narrow():
+    assert scan_configs.columns(16, 64, 64, 2) == scan_configs.columns(128, 32, 64, 2) == 64
+    assert scan_configs.columns(128, 128, 64, 2) == 128
+    assert scan_configs.columns(24, 64, 16, 4) == 32
+    assert scan_configs.columns(128, 32, 32, 2) == 32
+
+
+def test_tuned_entries_extend_the_tables(monkeypatch):
+    mine = {"table": "scan", "key": 128, "config": {"chunk": 128, "block_v": 64, "num_warps": 8, "num_stages": 1}}
+    monkeypatch.setattr(scan_configs.tuned, "_of_this_machine", lambda: (mine,))
+    scan_configs.scan.cache_clear()
+    try:
+        assert scan_configs.scan(128, 128, 2) == scan_configs.ScanConfig(128, 64, 8, 1)
+        assert scan_configs.scan(64, 64, 2) == scan_configs.SCAN[64]
+    finally:
+        scan_configs.scan.cache_clear()
+
+
 def test_cuts_fill_the_device():
     q = torch.empty(1, 4096, 2, 16)
     config = scan_configs.ScanConfig(64, 16, 4, 2, per_sm=8)

@@ -23,7 +23,7 @@ from foveate.compare.progress import showing
 from foveate.errors import BackendError, OptionError
 
 GATE = 5e-3
-TABLES = ("decode", "blocks", "scan")
+TABLES = ("decode", "blocks", "scan", "delta", "vector")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def tune(
 
     trials: list[Trial] = []
     device = torch.cuda.get_device_name()
-    per_head_dim = {"decode": 2 * len(lengths), "blocks": 2 * len(lengths), "scan": 1}
+    per_head_dim = {"decode": 2 * len(lengths), "blocks": 2 * len(lengths), "scan": 1, "delta": 1, "vector": 1}
     with showing(progress, sum(per_head_dim[table] for table in tables) * len(head_dims)) as show:
         # One shape's tensors at a time.
         for case in (case for table in tables for case in _cases(table, head_dims, lengths, kv_heads, group)):
@@ -134,7 +134,13 @@ def _time(call: Callable[[], object], calls: int = 5, replays: int = 20) -> floa
 
 
 def _cases(table: str, head_dims: Sequence[int], lengths: Sequence[int], kv_heads: int, group: int) -> Iterator[Case]:
-    makers = {"decode": _decode_cases, "blocks": _block_cases, "scan": _scan_cases}
+    makers = {
+        "decode": _decode_cases,
+        "blocks": _block_cases,
+        "scan": _scan_cases,
+        "delta": _delta_cases,
+        "vector": _vector_cases,
+    }
     for head_dim in head_dims:
         yield from makers[table](head_dim, lengths, kv_heads, group)
 
@@ -215,19 +221,60 @@ def _rows_of(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, rows: 
     return torch.stack(made)[None]
 
 
+def _scan_inputs(head_dim: int, lengths: Sequence[int], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (of norm 1) and v of a length that no chunk divides: its last chunk is another path of the kernels."""
+    q, k, v = (_draw(1, min(lengths) - 47, heads, head_dim) for _ in range(3))
+    return q, torch.nn.functional.normalize(k.float(), dim=-1).bfloat16(), v
+
+
 def _scan_cases(head_dim: int, lengths: Sequence[int], kv_heads: int, group: int) -> Iterator[Case]:
     from foveate.attention.backends.triton.scan_chunk_backward import scan_forward
     from foveate.attention.backends.triton.scan_configs import ScanConfig, width
     from foveate.attention.linear import linear_scan
 
-    candidates = tuple(
-        ScanConfig(*each) for each in itertools.product((64, 128), (32, 64), (4, 8), (1, 2, 3)) if each[1] <= head_dim
-    )
-    length = min(lengths)
-    q, k, v = (_draw(1, length, kv_heads * group, head_dim) for _ in range(3))
+    candidates = tuple(ScanConfig(*each) for each in itertools.product((64, 128), (64,), (4, 8), (1, 2, 3)))
+    q, k, v = _scan_inputs(head_dim, lengths, kv_heads * group)
     exact, _ = linear_scan(q.double(), k.double(), v.double(), backend="torch")
 
     def run(config: Any) -> Tensor:
         return scan_forward(q, k, v, None, None, head_dim**-0.5, None, False, config)[0]
 
     yield Case("scan", width(head_dim, head_dim), candidates, run, lambda found: _error(found, exact))
+
+
+def _delta_cases(head_dim: int, lengths: Sequence[int], kv_heads: int, group: int) -> Iterator[Case]:
+    from foveate.attention.backends.triton.delta_launch import delta_forward
+    from foveate.attention.backends.triton.scan_configs import DeltaConfig, width
+    from foveate.attention.linear import linear_scan
+
+    candidates = tuple(
+        DeltaConfig(64, block_v, warps, stages, prepare_registers=registers, sum_v=block_v, sum_warps=warps, per_sm=1)
+        for block_v, warps in ((64, 4), (128, 8))
+        for stages, registers in itertools.product((1, 2, 3), (None, 168, 128))
+        if block_v <= head_dim
+    )
+    q, k, v = _scan_inputs(head_dim, lengths, kv_heads * group)
+    beta = torch.rand(v.shape[:3], device="cuda")
+    g = torch.nn.functional.logsigmoid(4 + 1.5 * torch.randn(v.shape[:3], device="cuda"))
+    exact, _ = linear_scan(q.double(), k.double(), v.double(), g=g.double(), beta=beta.double(), backend="torch")
+
+    def run(config: Any) -> Tensor:
+        return delta_forward(q, k, v, beta, g, None, head_dim**-0.5, None, False, False, config)[0]
+
+    yield Case("delta", width(head_dim, head_dim), candidates, run, lambda found: _error(found, exact))
+
+
+def _vector_cases(head_dim: int, lengths: Sequence[int], kv_heads: int, group: int) -> Iterator[Case]:
+    from foveate.attention.backends.triton.scan_configs import VectorConfig, width
+    from foveate.attention.backends.triton.scan_vector import vector_forward
+    from foveate.attention.linear import linear_scan
+
+    candidates = tuple(VectorConfig(*each) for each in itertools.product((32, 64), (64,), (4, 8), (1, 2), (4, 8)))
+    q, k, v = _scan_inputs(head_dim, lengths, kv_heads * group)
+    g = torch.nn.functional.logsigmoid(4 + 1.5 * torch.randn(q.shape, device="cuda"))
+    exact, _ = linear_scan(q.double(), k.double(), v.double(), g=g.double(), backend="torch")
+
+    def run(config: Any) -> Tensor:
+        return vector_forward(q, k, v, g, None, head_dim**-0.5, None, False, config)[0]
+
+    yield Case("vector", width(head_dim, head_dim), candidates, run, lambda found: _error(found, exact))

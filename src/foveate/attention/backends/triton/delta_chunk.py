@@ -6,9 +6,14 @@ With A = strict lower triangle of (k_i . k_j) exp(c_i - c_j) and b = diag(beta),
 
 solve (I + A b) M = V - exp(c) K S. So
 
-    T = (I + A b)^-1     U = T V     W = T (exp(c) K)                    `prepare_kernel`, all chunks at once
-    M = U - W S          O = scale (exp(c) Q S + (scores of Q and K) b M)
-    S <- exp(c_L) S + (exp(c_L - c) K)^T b M                              `delta_kernel`, chunk after chunk
+    T = (I + A b)^-1     U = T V     W = T (exp(c) K)
+    P = scale (lower triangle of (q_i . k_j) exp(c_i - c_j)) b           `prepare_kernel`, all chunks at once
+    M = U - W S          O = scale exp(c) Q S + P M
+    S <- exp(c_L) S + K^T (exp(c_L - c) b) M                             `delta_kernel`, chunk after chunk
+
+What does not read the state is prepared, since chunks wait for each other, and blocks of values would repeat it. The
+walk holds S, M and O transposed: rows of S and of M are then left operands of their products straight from registers,
+and a step passes nothing through shared memory but what it reads.
 
 The inverse doubles its blocks: where X inverts the diagonal blocks of one size, X - X B X inverts those of twice the
 size, B being what lies between their halves. Every product is of numbers that belong to the inverse, so nothing large
@@ -25,41 +30,54 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
-from foveate.attention.backends.triton.scan_configs import DeltaConfig
+from foveate.attention.backends.triton.scan_configs import DeltaConfig, columns
 from foveate.attention.backends.triton.scan_launch import Cut, steps
-from foveate.attention.backends.triton.scan_parts import (
-    bounds,
-    chunk_decay,
-    product,
-    scores_between,
-    tile,
-)
+from foveate.attention.backends.triton.scan_parts import between, bounds, chunk_decay, decay_row, product, tile
+
+
+@triton.jit
+def slot_of(begin, piece, C: tl.constexpr):
+    """Place of a piece's first chunk among whole chunks: each piece before it has at most one that is not whole."""
+    return begin // C + piece
 
 
 @triton.jit
 def triangle_inverse(A, i, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 in float32 for a strictly triangular A [C, C], lower or upper; C is 16, 32, 64 or 128."""
+    """(I + A)^-1 in float32 for a strictly triangular A [C, C], lower or upper; C is 16, 32, 64 or 128.
+
+    PRECISION: of the products' operands: "bf16", or one that `tl.dot` knows.
+    """
     LEVELS: tl.constexpr = 4 if C == 16 else 5 if C == 32 else 6 if C == 64 else 7
     row, column = i[:, None], i[None, :]
     X = tl.where(row == column, 1.0, tl.where(row >> 1 == column >> 1, -A, 0.0))
     for level in tl.static_range(1, LEVELS):
         across = (row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level)
         B = tl.where(across, A, 0.0)
-        X -= tl.dot(tl.dot(X, B, input_precision=PRECISION), X, input_precision=PRECISION)
+        if PRECISION == "bf16":
+            half = X.to(tl.bfloat16)
+            X -= tl.dot(tl.dot(half, B.to(tl.bfloat16)).to(tl.bfloat16), half)
+        else:
+            X -= tl.dot(tl.dot(X, B, input_precision=PRECISION), X, input_precision=PRECISION)
     return X
 
 
-@triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence", "HEADS"])
+@triton.jit(do_not_specialize=["total", "slots", "tokens", "length", "per_sequence", "scale", "HEADS"])
 def prepare_kernel(
-    K, V, BETA, G, TABLE, W, U,
-    stride_kt, stride_kh, stride_vt, stride_vh, stride_bt, stride_bh, total, tokens, length, per_sequence, HEADS,
+    Q, K, V, BETA, G, TABLE, P, W, U, WEIGHTS,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_bt, stride_bh,
+    total, slots, tokens, length, per_sequence, scale, HEADS,
     K_GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr, SOLVE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """W [HEADS, total, DK] and U [HEADS, total, DV]. Grid (chunks, heads, pieces)."""
+    """P [HEADS, total, C], W [HEADS, total, DK] and WEIGHTS [HEADS, total], exp(c_L - c) b; U [HEADS, slots, DV, C],
+    each chunk's transposed (see `slot_of`).
+
+    Grid (chunks, heads, pieces).
+    """
     h = tl.program_id(1).to(tl.int64)
-    _, begin, end, _, _ = bounds(TABLE, tl.program_id(2), tokens, length, per_sequence)
+    piece = tl.program_id(2)
+    _, begin, end, _, _ = bounds(TABLE, piece, tokens, length, per_sequence)
     start = begin + tl.program_id(0).to(tl.int64) * C
     if start >= end:
         return
@@ -69,79 +87,101 @@ def prepare_kernel(
     there = i < count
     FULL_K: tl.constexpr = DK == BLOCK_K
     FULL_V: tl.constexpr = DV % BLOCK_V == 0
-    k = tile(K + start * stride_kt + (h // K_GROUP) * stride_kh, stride_kt, i, d, there, d < DK, True, FULL_K)
+    BLOCK_D: tl.constexpr = BLOCK_K if BLOCK_K < 64 else 64
+    Q += start * stride_qt + (h // K_GROUP) * stride_qh
+    K += start * stride_kt + (h // K_GROUP) * stride_kh
+    q = tile(Q, stride_qt, i, d, there, d < DK, True, FULL_K)
+    k = tile(K, stride_kt, i, d, there, d < DK, True, FULL_K)
     beta = tl.load(BETA + start * stride_bt + h * stride_bh + i * stride_bt, mask=there, other=0.0).to(tl.float32)
-    gamma = 0.0
-    if DECAY == 1:
-        gamma = tl.load(G + h)
-    c = i
+    at = h * total + start
+    c, weights = i, beta
     if DECAY != 0:
-        c, _ = chunk_decay(G, h * total + start, i, count, gamma, C, DECAY, True)
-    A = scores_between(product(k, tl.trans(k), PRECISION, UPCAST), c, i, False, True, DECAY)
-    T = triangle_inverse(A * beta[None, :], i, C, SOLVE)
+        c, c_last = chunk_decay(decay_row(G, h, start, total, C, DECAY), 0, i, count, DECAY, True)
+        weights = beta * tl.exp2(tl.minimum(c_last - c, 0.0))
+    tl.store(WEIGHTS + at + i, weights, mask=there)
+    seen = between(c, i, False, False, DECAY) * beta[None, :]
+    p = product(q, tl.trans(k), PRECISION, UPCAST) * seen * scale
+    tl.store(P + at * C + (i[:, None] * C + i[None, :]), p.to(P.dtype.element_ty), mask=there[:, None])
+    A = tl.where(i[:, None] > i[None, :], product(k, tl.trans(k), PRECISION, UPCAST) * seen, 0.0)
+    T = triangle_inverse(A, i, C, SOLVE)
     TK = T
     if DECAY != 0:
         TK = T * tl.exp2(c)[None, :]
-    w = product(TK.to(k.dtype), k, PRECISION, UPCAST).to(k.dtype)
-    at = h * total + start
-    tl.store(W + at * DK + (i[:, None] * DK + d[None, :]), w, mask=there[:, None] & (d < DK)[None, :])
+    TK = TK.to(k.dtype)
+    # Keys are read again (near by in the cache): held through the inverse they would fill registers.
+    for block in tl.static_range(BLOCK_K // BLOCK_D):
+        part = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        k = tile(K, stride_kt, i, part, there, part < DK, True, FULL_K)
+        w = product(TK, k, PRECISION, UPCAST).to(k.dtype)
+        tl.store(W + at * DK + (i[:, None] * DK + part[None, :]), w, mask=there[:, None] & (part < DK)[None, :])
     T = T.to(k.dtype)
+    U += (h * slots + slot_of(begin, piece, C) + tl.program_id(0)) * (DV * C)
     for block in tl.static_range((DV + BLOCK_V - 1) // BLOCK_V):
         e = block * BLOCK_V + tl.arange(0, BLOCK_V)
         v = tile(V + start * stride_vt + h * stride_vh, stride_vt, i, e, there, e < DV, True, FULL_V)
-        u = product(T, v, PRECISION, UPCAST).to(v.dtype)
-        tl.store(U + at * DV + (i[:, None] * DV + e[None, :]), u, mask=there[:, None] & (e < DV)[None, :])
+        # Transposed after the product: a transposed result as an operand is miscompiled for Hopper (Triton 3.6.0).
+        u = tl.trans(product(T, v, PRECISION, UPCAST).to(v.dtype))
+        tl.store(U + (e[:, None] * C + i[None, :]), u, mask=(e < DV)[:, None])
+
+
+@triton.jit
+def _keep(X, at, x, there, inside, MASKED: tl.constexpr, FULL: tl.constexpr):
+    if MASKED or not FULL:
+        tl.store(X + at, x.to(X.dtype.element_ty), mask=there[:, None] & inside[None, :])
+    else:
+        tl.store(X + at, x.to(X.dtype.element_ty))
 
 
 @triton.jit
 def _chunk(
-    S, Q, K, W, U, BETA, G, OUT, ERRORS, stride_qt, stride_kt, stride_bt, t, count, i, d, e, gamma, scale, HEADS,
+    S, Q, K, P, W, U, WEIGHTS, G, OUT, ERRORS, stride_qt, stride_kt, t, count, i, d, e, scale, HEADS,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The chunk of `count` tokens from t on: writes the output (unless LOCAL) and returns the next S."""
+    """The chunk of `count` tokens from t on: writes the output (unless LOCAL) and returns the next S [V, K]."""
     there = i < count
     d_in, e_in = d < DK, e < DV
     FULL_K: tl.constexpr = DK == BLOCK_K
-    # Columns of a map are beyond DV and read no U.
+    # Rows of a map are beyond DV and read no U.
     FULL_V: tl.constexpr = DV % BLOCK_V == 0 and not LOCAL
     w = tile(W + t * DK, DK, i, d, there, d_in, MASKED, FULL_K)
-    u = tile(U + t * DV, DV, i, e, there, e_in, MASKED, FULL_V)
+    # Columns past the end hold zeros.
+    u = tile(U + t * DV, C, e, i, e_in, there, not FULL_V, True)
     k = tile(K + t * stride_kt, stride_kt, i, d, there, d_in, MASKED, FULL_K)
     if MASKED:
-        beta = tl.load(BETA + t * stride_bt + i * stride_bt, mask=there, other=0.0).to(tl.float32)
+        weights = tl.load(WEIGHTS + t + i, mask=there, other=0.0)
     else:
-        beta = tl.load(BETA + t * stride_bt + i * stride_bt).to(tl.float32)
-    c, c_last = i, 0.0
+        weights = tl.load(WEIGHTS + t + i)
+    factor = scale
     if DECAY != 0:
-        c, c_last = chunk_decay(G, t, i, count, gamma, C, DECAY, MASKED)
+        c, c_last = chunk_decay(G, t, i, count, DECAY, MASKED)
+        factor = (scale * tl.exp2(c))[None, :]
     before = S.to(w.dtype)
-    m = u - product(w, before, PRECISION, UPCAST)
-    weight = beta
+    m = u - product(before, tl.trans(w), PRECISION, UPCAST)
     if DECAY != 0:
-        weight = beta * tl.exp2(tl.minimum(c_last - c, 0.0))
         S = S * tl.exp2(c_last)
+    S += product((m * weights[None, :]).to(k.dtype), k, PRECISION, UPCAST)
     if not LOCAL:
         q = tile(Q + t * stride_qt, stride_qt, i, d, there, d_in, MASKED, FULL_K)
-        scores = scores_between(product(q, tl.trans(k), PRECISION, UPCAST), c, i, False, False, DECAY)
-        o = product(q, before, PRECISION, UPCAST)
-        if DECAY != 0:
-            o = o * tl.exp2(c)[:, None]
-        o += product(scores.to(k.dtype), (m * beta[:, None]).to(k.dtype), PRECISION, UPCAST)
-        inside = there[:, None] & e_in[None, :]
+        p_at = P + t * C + (i[:, None] * C + i[None, :])
+        if MASKED:
+            p = tl.load(p_at, mask=there[:, None], other=0.0)
+        else:
+            p = tl.load(p_at)
+        o = product(before, tl.trans(q), PRECISION, UPCAST) * factor
+        o += product(m.to(p.dtype), tl.trans(p), PRECISION, UPCAST)
         at = t * (HEADS * DV) + (i[:, None] * (HEADS * DV) + e[None, :])
-        tl.store(OUT + at, (o * scale).to(OUT.dtype.element_ty), mask=inside)
+        _keep(OUT, at, tl.trans(o), there, e_in, MASKED, FULL_V)
         if ERRORS is not None:
-            tl.store(ERRORS + at, m.to(ERRORS.dtype.element_ty), mask=inside)
-    S += product(tl.trans(k), (m * weight[:, None]).to(k.dtype), PRECISION, UPCAST)
+            _keep(ERRORS, at, tl.trans(m), there, e_in, MASKED, FULL_V)
     return S
 
 
-@triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence", "scale", "HEADS"])
+@triton.jit(do_not_specialize=["total", "slots", "tokens", "length", "per_sequence", "scale", "HEADS"])
 def delta_kernel(
-    Q, K, W, U, BETA, G, STATES, MAPS, TABLE, OUT, ERRORS, FINAL,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_bt, stride_bh, total, tokens, length, per_sequence, scale, HEADS,
+    Q, K, P, W, U, WEIGHTS, G, STATES, MAPS, TABLE, OUT, ERRORS, FINAL,
+    stride_qt, stride_qh, stride_kt, stride_kh, total, slots, tokens, length, per_sequence, scale, HEADS,
     K_GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     LOCAL: tl.constexpr, EVERY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -162,53 +202,61 @@ def delta_kernel(
     i = tl.arange(0, C)
     d = tl.arange(0, BLOCK_K)
     e = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    place = d[:, None] * DV + e[None, :]
-    inside = (d < DK)[:, None] & (e < DV)[None, :]
-    S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    place = d[None, :] * DV + e[:, None]
+    inside = (d < DK)[None, :] & (e < DV)[:, None]
+    S = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
     column = e - BLOCKS_V * BLOCK_V
     if LOCAL:
-        S += tl.where(d[:, None] == column[None, :], 1.0, 0.0)
+        S += tl.where(d[None, :] == column[:, None], 1.0, 0.0)
     else:
         if STATES is not None:
             at = (piece if SPLIT else n).to(tl.int64) * HEADS + h
             S += tl.load(STATES + at * (DK * DV) + place, mask=inside, other=0.0)
     if not LOCAL:
         Q += begin * stride_qt + (h // K_GROUP) * stride_qh
+        P += (h * total + begin) * C
         OUT += (begin * HEADS + h) * DV
         if ERRORS is not None:
             ERRORS += (begin * HEADS + h) * DV
     K += begin * stride_kt + (h // K_GROUP) * stride_kh
     W += (h * total + begin) * DK
-    U += (h * total + begin) * DV
-    BETA += begin * stride_bt + h * stride_bh
-    gamma = 0.0
-    if DECAY == 1:
-        gamma = tl.load(G + h)
-    elif DECAY == 2:
-        G += h * total + begin
+    U += (h * slots + slot_of(begin, piece, C)) * (DV * C)
+    WEIGHTS += h * total + begin
+    if DECAY != 0:
+        G = decay_row(G, h, begin, total, C, DECAY)
     size = (end - begin).to(tl.int32)
     whole = size // C
     rest = size % C
     zero = tl.full([], 0, tl.int64)
     for step in range(0, whole):
         S = _chunk(
-            S, Q, K, W, U, BETA, G, OUT, ERRORS, stride_qt, stride_kt, stride_bt, (zero + step) * C, C, i, d, e,
-            gamma, scale, HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, False, PRECISION, UPCAST,
+            S, Q, K, P, W, U, WEIGHTS, G, OUT, ERRORS, stride_qt, stride_kt, (zero + step) * C, C, i, d, e,
+            scale, HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, False, PRECISION, UPCAST,
         )  # fmt: skip
     if rest > 0:
         S = _chunk(
-            S, Q, K, W, U, BETA, G, OUT, ERRORS, stride_qt, stride_kt, stride_bt, zero + whole * C, rest, i, d, e,
-            gamma, scale, HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, True, PRECISION, UPCAST,
+            S, Q, K, P, W, U, WEIGHTS, G, OUT, ERRORS, stride_qt, stride_kt, zero + whole * C, rest, i, d, e,
+            scale, HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, True, PRECISION, UPCAST,
         )  # fmt: skip
     at = piece.to(tl.int64) * HEADS + h
     if LOCAL:
         tl.store(STATES + at * (DK * DV) + place, S, mask=inside)
-        in_map = (d < DK)[:, None] & ((column >= 0) & (column < DK))[None, :]
-        tl.store(MAPS + at * (DK * DK) + d[:, None] * DK + column[None, :], S, mask=in_map)
+        in_map = (d < DK)[None, :] & ((column >= 0) & (column < DK))[:, None]
+        tl.store(MAPS + at * (DK * DK) + d[None, :] * DK + column[:, None], S, mask=in_map)
     else:
         if FINAL is not None:
             at = n.to(tl.int64) * HEADS + h
             tl.store(FINAL + at * (DK * DV) + place, S, mask=inside & last_piece)
+
+
+@triton.jit
+def _map_columns(MAP, d, x, more, DK: tl.constexpr, REVERSE: tl.constexpr):
+    """Rows d and columns x of a map; of its transpose with REVERSE. Zeros unless `more`."""
+    if REVERSE:
+        at = MAP + (x[None, :] * DK + d[:, None])
+    else:
+        at = MAP + (d[:, None] * DK + x[None, :])
+    return tl.load(at, mask=(d < DK)[:, None] & (x < DK)[None, :] & more, other=0.0)
 
 
 @triton.jit(do_not_specialize=["per_sequence", "HEADS"])
@@ -227,11 +275,8 @@ def join_kernel(
     e = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (d < DK)[:, None] & (e < DV)[None, :]
     place = d[:, None] * DV + e[None, :]
-    if REVERSE:
-        map_place = d[None, :] * DK + d[:, None]
-    else:
-        map_place = d[:, None] * DK + d[None, :]
-    map_in = (d < DK)[:, None] & (d < DK)[None, :]
+    # A map of more than 128 x 128 does not fit in shared memory.
+    STEP: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K
     if FIRST is not None:
         first = tl.load(FIRST + n).to(tl.int32)
         pieces = tl.load(FIRST + n + 1).to(tl.int32) - first
@@ -246,9 +291,22 @@ def join_kernel(
         at = (zero + piece) * HEADS + h
         more = step < pieces - 1
         own = tl.load(STATES + at * (DK * DV) + place, mask=inside & more, other=0.0)
-        matrix = tl.load(MAPS + at * (DK * DK) + map_place, mask=map_in & more, other=0.0)
-        tl.store(STATES + at * (DK * DV) + place, S, mask=inside)
-        S = own + tl.dot(matrix, S, input_precision=PRECISION)
+        if STEP == BLOCK_K:
+            matrix = _map_columns(MAPS + at * (DK * DK), d, d, more, DK, REVERSE)
+            tl.store(STATES + at * (DK * DV) + place, S, mask=inside)
+            S = own + tl.dot(matrix, S, input_precision=PRECISION)
+        else:
+            # Rows of S are picked by reading back what was just written.
+            tl.debug_barrier()
+            tl.store(STATES + at * (DK * DV) + place, S, mask=inside)
+            tl.debug_barrier()
+            S = own
+            for part in tl.static_range(BLOCK_K // STEP):
+                x = part * STEP + tl.arange(0, STEP)
+                matrix = _map_columns(MAPS + at * (DK * DK), d, x, more, DK, REVERSE)
+                at_rows = STATES + at * (DK * DV) + (x[:, None] * DV + e[None, :])
+                rows = tl.load(at_rows, mask=(x < DK)[:, None] & (e < DV)[None, :], other=0.0)
+                S += tl.dot(matrix, rows, input_precision=PRECISION)
 
 
 def join(states: Tensor, maps: Tensor, start: Tensor | None, cut: Cut, reverse: bool, precision: str) -> None:
@@ -258,22 +316,31 @@ def join(states: Tensor, maps: Tensor, start: Tensor | None, cut: Cut, reverse: 
     join_kernel[(triton.cdiv(DV, block_v), heads, cut.sequences)](
         states, maps, start, cut.first, cut.per_sequence, heads,
         DK=DK, DV=DV, BLOCK_K=runtime.power_of_two(DK, 16), BLOCK_V=block_v, REVERSE=reverse,
-        PRECISION=precision, num_warps=8, num_stages=1,
+        PRECISION=precision, num_warps=8, num_stages=2 if DK <= 128 and precision == "tf32" else 1,
     )  # fmt: skip
+
+
+def solve_precision(config: DeltaConfig) -> str:
+    """The interpreter's `tl.dot` cannot read bfloat16."""
+    return "ieee" if runtime.INTERPRET and config.solve == "bf16" else config.solve
 
 
 def prepare(
-    k: Tensor, v: Tensor, beta: Tensor, sums: Tensor | None, decay: int, cut: Cut, config: DeltaConfig
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """W [HV, total, K] and U [HV, total, V] of all chunks."""
-    HV, DK, DV = v.shape[2], k.shape[3], v.shape[3]
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, sums: Tensor | None, decay: int, scale: float, cut: Cut,
+    config: DeltaConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """P [HV, total, chunk], W [HV, total, K], U [HV, slots, V, chunk], weights [HV, total] float32, of all chunks."""
+    HV, DK, DV, size = v.shape[2], k.shape[3], v.shape[3], k.element_size()
+    p = torch.empty(HV, cut.total, config.chunk, dtype=k.dtype, device=k.device)
+    weights = torch.empty(HV, cut.total, dtype=torch.float32, device=k.device)
     w = torch.empty(HV, cut.total, DK, dtype=k.dtype, device=k.device)
-    u = torch.empty(HV, cut.total, DV, dtype=k.dtype, device=k.device)
+    slots = cut.total // config.chunk + cut.pieces
+    u = torch.empty(HV, slots, DV, config.chunk, dtype=k.dtype, device=k.device)
     prepare_kernel[(triton.cdiv(cut.length, config.chunk), HV, cut.pieces)](
-        k, v, beta, sums, cut.table, w, u, *steps(k), *steps(v), beta.stride(1), beta.stride(2),
-        cut.total, *cut.sizes, HV, K_GROUP=HV // k.shape[2], DK=DK, DV=DV,
-        BLOCK_K=runtime.power_of_two(DK, 16), BLOCK_V=min(64, runtime.power_of_two(DV, 16)), C=config.chunk,
-        DECAY=decay, PRECISION=runtime.dot_precision(k.dtype), SOLVE=config.solve, UPCAST=runtime.upcast(k.dtype),
-        num_warps=config.prepare_warps, num_stages=1,
+        q, k, v, beta, sums, cut.table, p, w, u, weights, *steps(q), *steps(k), *steps(v), beta.stride(1),
+        beta.stride(2), cut.total, slots, *cut.sizes, scale, HV, K_GROUP=HV // k.shape[2], DK=DK, DV=DV,
+        BLOCK_K=columns(DK, 256, config.chunk, size), BLOCK_V=columns(DV, 64, config.chunk, size), C=config.chunk,
+        DECAY=decay, PRECISION=runtime.dot_precision(k.dtype), SOLVE=solve_precision(config),
+        UPCAST=runtime.upcast(k.dtype), num_warps=config.prepare_warps, num_stages=1, maxnreg=config.prepare_registers,
     )  # fmt: skip
-    return w, u
+    return p, w, u, weights

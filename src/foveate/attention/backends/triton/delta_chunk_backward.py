@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
-from foveate.attention.backends.triton.delta_chunk import triangle_inverse
-from foveate.attention.backends.triton.scan_configs import DeltaConfig
+from foveate.attention.backends.triton.delta_chunk import solve_precision, triangle_inverse
+from foveate.attention.backends.triton.scan_configs import DeltaConfig, columns
 from foveate.attention.backends.triton.scan_launch import Cut, steps
-from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, product, scores_between, tile
+from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, decay_row, product, scores_between, tile
 
 
 @triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence", "scale", "HEADS"])
@@ -50,12 +50,9 @@ def prepare_back_kernel(
     q = tile(Q + start * stride_qt + (h // K_GROUP) * stride_qh, stride_qt, i, d, there, d < DK, True, FULL_K)
     k = tile(K + start * stride_kt + (h // K_GROUP) * stride_kh, stride_kt, i, d, there, d < DK, True, FULL_K)
     beta = tl.load(BETA + start * stride_bt + h * stride_bh + i * stride_bt, mask=there, other=0.0).to(tl.float32)
-    gamma = 0.0
-    if DECAY == 1:
-        gamma = tl.load(G + h)
     c, c_last = i, 0.0
     if DECAY != 0:
-        c, c_last = chunk_decay(G, h * total + start, i, count, gamma, C, DECAY, True)
+        c, c_last = chunk_decay(decay_row(G, h, start, total, C, DECAY), 0, i, count, DECAY, True)
     A = scores_between(product(k, tl.trans(k), PRECISION, UPCAST), c, i, True, True, DECAY)
     T = triangle_inverse(A * beta[None, :], i, C, SOLVE)
     P = scores_between(product(k, tl.trans(q), PRECISION, UPCAST), c, i, True, False, DECAY) * scale
@@ -75,7 +72,7 @@ def prepare_back_kernel(
 @triton.jit
 def _chunk(
     R, Q, K, DO, W, U, BETA, G, ERRORS, OUT, ROWS, stride_qt, stride_kt, stride_ot, stride_bt,
-    t, count, i, d, e, gamma, scale, HEADS,
+    t, count, i, d, e, scale, HEADS,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -97,7 +94,7 @@ def _chunk(
     r = u + product(w, R.to(w.dtype), PRECISION, UPCAST)
     weight = tl.full([C], 1.0, tl.float32)
     if DECAY != 0:
-        c, c_last = chunk_decay(G, t, i, count, gamma, C, DECAY, MASKED)
+        c, c_last = chunk_decay(G, t, i, count, DECAY, MASKED)
         weight = tl.exp2(c)
         R = R * tl.exp2(c_last)
     R += product(tl.trans(q), (do * (weight * scale)[:, None]).to(q.dtype), PRECISION, UPCAST)
@@ -149,11 +146,8 @@ def delta_back_kernel(
     W += (h * total + begin) * DK
     U += (h * total + begin) * DV
     BETA += begin * stride_bt + h * stride_bh
-    gamma = 0.0
-    if DECAY == 1:
-        gamma = tl.load(G + h)
-    elif DECAY == 2:
-        G += h * total + begin
+    if DECAY != 0:
+        G = decay_row(G, h, begin, total, C, DECAY)
     size = (end - begin).to(tl.int32)
     whole = size // C
     rest = size % C
@@ -161,13 +155,13 @@ def delta_back_kernel(
     if rest > 0:
         R = _chunk(
             R, Q, K, DO, W, U, BETA, G, ERRORS, OUT, ROWS, stride_qt, stride_kt, stride_ot, stride_bt,
-            zero + whole * C, rest, i, d, e, gamma, scale,
+            zero + whole * C, rest, i, d, e, scale,
             HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, True, PRECISION, UPCAST,
         )  # fmt: skip
     for step in range(0, whole):
         R = _chunk(
             R, Q, K, DO, W, U, BETA, G, ERRORS, OUT, ROWS, stride_qt, stride_kt, stride_ot, stride_bt,
-            (zero + whole - 1 - step) * C, C, i, d, e, gamma, scale,
+            (zero + whole - 1 - step) * C, C, i, d, e, scale,
             HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, LOCAL, False, PRECISION, UPCAST,
         )  # fmt: skip
     if LOCAL:
@@ -181,14 +175,14 @@ def prepare_back(
     config: DeltaConfig,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """W' [HV, total, K] and U' [HV, total, V] of all chunks."""
-    HV, DK, DV = do.shape[2], k.shape[3], do.shape[3]
+    HV, DK, DV, size = do.shape[2], k.shape[3], do.shape[3], k.element_size()
     w = torch.empty(HV, cut.total, DK, dtype=k.dtype, device=k.device)
     u = torch.empty(HV, cut.total, DV, dtype=k.dtype, device=k.device)
     prepare_back_kernel[(triton.cdiv(cut.length, config.chunk), HV, cut.pieces)](
         q, k, do, beta, sums, cut.table, w, u, *steps(q), *steps(k), *steps(do), beta.stride(1), beta.stride(2),
         cut.total, *cut.sizes, scale, HV, K_GROUP=HV // k.shape[2], DK=DK, DV=DV,
-        BLOCK_K=runtime.power_of_two(DK, 16), BLOCK_V=min(64, runtime.power_of_two(DV, 16)), C=config.chunk,
-        DECAY=decay, PRECISION=runtime.dot_precision(k.dtype), SOLVE=config.solve, UPCAST=runtime.upcast(k.dtype),
-        num_warps=config.prepare_warps, num_stages=1,
+        BLOCK_K=columns(DK, 256, config.chunk, size), BLOCK_V=columns(DV, 64, config.chunk, size), C=config.chunk,
+        DECAY=decay, PRECISION=runtime.dot_precision(k.dtype), SOLVE=solve_precision(config),
+        UPCAST=runtime.upcast(k.dtype), num_warps=config.prepare_warps, num_stages=1,
     )  # fmt: skip
     return w, u

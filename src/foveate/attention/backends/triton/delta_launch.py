@@ -69,34 +69,37 @@ def delta_forward(
     config = config or scan_configs.delta(DK, DV, q.element_size())
     cut, decay = _cut(q, v, offsets, gate, config), kind_of(g)
     sums = decay_sums(g, cut, config.chunk)
-    w, u = delta_chunk.prepare(k, v, beta, sums, decay, cut, config)
+    prepared = delta_chunk.prepare(q, k, v, beta, sums, decay, scale, cut, config)
     sizes = _sizes(q, HV, DV, config, decay)
-    strides = (*steps(q), *steps(k), beta.stride(1), beta.stride(2), cut.total, *cut.sizes, scale, HV)
+    strides = (*steps(q), *steps(k), cut.total, prepared[2].shape[1], *cut.sizes, scale, HV)
     states, maps = initial, None
     if cut.split:
         states = torch.empty(cut.pieces, HV, DK, DV, dtype=torch.float32, device=q.device)
         maps = torch.empty(cut.pieces, HV, DK, DK, dtype=torch.float32, device=q.device)
-        block_v = min(config.sum_v, runtime.power_of_two(max(DK, DV), 16))
+        block_v = scan_configs.columns(max(DK, DV), config.sum_v, config.chunk, q.element_size())
         delta_chunk.delta_kernel[(triton.cdiv(DV, block_v) + triton.cdiv(DK, block_v), HV, cut.pieces)](
-            None, k, w, u, beta, sums, states, maps, cut.table, None, None, None, *strides,
+            None, k, *prepared, sums, states, maps, cut.table, None, None, None, *strides,
             **sizes, BLOCK_V=block_v, LOCAL=True, EVERY=keep, SPLIT=True,
             num_warps=config.sum_warps, num_stages=config.sum_stages,
         )  # fmt: skip
-        delta_chunk.join(states, maps, initial, cut, False, _join_precision(q))
+        delta_chunk.join(states, maps, initial, cut, False, _join_precision(q, keep))
     o = torch.empty(B, T, HV, DV, dtype=q.dtype, device=q.device)
     errors = torch.empty_like(o) if keep else None
     final = start_of(initial, (cut.sequences, HV, DK, DV), q.device)
-    block_v = min(config.block_v, runtime.power_of_two(DV, 16))
+    block_v = scan_configs.columns(DV, config.block_v, config.chunk, q.element_size())
     delta_chunk.delta_kernel[(triton.cdiv(DV, block_v), HV, cut.pieces)](
-        q, k, w, u, beta, sums, states, None, cut.table, o, errors, final, *strides,
+        q, k, *prepared, sums, states, None, cut.table, o, errors, final, *strides,
         **sizes, BLOCK_V=block_v, LOCAL=False, EVERY=False, SPLIT=cut.split,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return o, final, Kept(errors, states if cut.split else None, maps)
 
 
-def _join_precision(q: Tensor) -> str:
-    return "ieee" if q.dtype == torch.float32 else "tf32x3"
+def _join_precision(q: Tensor, train: bool) -> str:
+    """Gradients of gates subtract what is made of these states; outputs take them in half precision anyway."""
+    if q.dtype == torch.float32:
+        return "ieee"
+    return "tf32x3" if train else "tf32"
 
 
 def delta_backward(
@@ -151,23 +154,23 @@ def _errors_gradient(
     R = None if dfinal is None else dfinal.contiguous()
     dstart = start_of(R, (cut.sequences, HV, DK, DV), q.device)
     kernel = delta_chunk_backward.delta_back_kernel
+    block_v = scan_configs.columns(DV, config.back_v, config.chunk, q.element_size())
     if cut.split:
         assert kept.maps is not None
         sums_of_pieces = torch.empty(cut.pieces, HV, DK, DV, dtype=torch.float32, device=q.device)
-        block_v = min(config.sum_v, runtime.power_of_two(DV, 16))
         kernel[(triton.cdiv(DV, block_v), HV, cut.pieces)](
             q, k, do, w, u, beta, sums, None, sums_of_pieces, cut.table, None, None, None, *strides,
-            **sizes, BLOCK_V=block_v, LOCAL=True, SPLIT=True, num_warps=config.sum_warps, num_stages=config.sum_stages,
+            **sizes, BLOCK_V=block_v, LOCAL=True, SPLIT=True,
+            num_warps=config.back_warps, num_stages=config.back_stages,
         )  # fmt: skip
-        delta_chunk.join(sums_of_pieces, kept.maps, R, cut, True, _join_precision(q))
+        delta_chunk.join(sums_of_pieces, kept.maps, R, cut, True, _join_precision(q, True))
         R = sums_of_pieces
-    block_v = min(config.block_v, runtime.power_of_two(DV, 16))
     blocks = triton.cdiv(DV, block_v)
     E = torch.empty(B, T, HV, DV, dtype=dtype, device=q.device)
     rows = torch.empty(blocks, B, T, HV, dtype=torch.float32, device=q.device)
     kernel[(blocks, HV, cut.pieces)](
         q, k, do, w, u, beta, sums, kept.errors, R, cut.table, E, rows, dstart, *strides,
         **sizes, BLOCK_V=block_v, LOCAL=False, SPLIT=cut.split,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.back_warps, num_stages=config.back_stages,
     )  # fmt: skip
     return R, dstart, E, rows.sum(0)

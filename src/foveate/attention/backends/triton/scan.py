@@ -31,13 +31,12 @@ def why_not(call: LinearCall) -> str | None:
 
 
 def unchecked(call: LinearCall) -> str | None:
-    """Why backend="auto" leaves a call to torch although the kernels could run it: no configuration of its shape was
-    found correct on a GPU yet (`benchmarks/gpu_scans.py`, or `foveate tune` here)."""
-    K, V = call.q.shape[-1], call.v.shape[-1]
-    what = f"{call.q.dtype} with K = {K}, V = {V}"
+    """Why backend="auto" leaves a call to torch although the kernels could run it: no configuration of its kind was
+    found correct on a GPU yet (`benchmarks/gpu_scans.py` and `gpu_scan_checks.py`, or `foveate tune` here)."""
     if call.k.shape[1] == 1:
         return "single steps were not checked on a GPU yet; backend='triton' runs them all the same"
-    if call.q.dtype == torch.float32 or call.normalize or min(K, V) <= 64 or max(K, V) > 128:
+    if call.q.dtype == torch.float32 or call.normalize:
+        what = "normalisation" if call.normalize else "float32"
         return f"{what} was not checked on a GPU yet; backend='triton' runs it all the same"
     return None
 

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from foveate.attention.backends.triton import runtime, scan_configs
 from foveate.attention.backends.triton.scan_launch import Cut, steps
-from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, product, scores_between, tile
+from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, decay_row, product, scores_between, tile
 
 
 @triton.jit
 def _chunk(
     S, Q, K, V, K2, V2, G, OUT, ADD, OTHER, ROWS,
     stride_qt, stride_kt, stride_vt, stride_k2t, stride_v2t, stride_xt,
-    t, count, i, d, e, gamma, scale, HEADS,
+    t, count, i, d, e, scale, HEADS,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -49,7 +49,7 @@ def _chunk(
     v = tile(V + t * stride_vt, stride_vt, i, e, there, e_in, MASKED, FULL_V)
     c, c_last = i, 0.0
     if DECAY != 0:
-        c, c_last = chunk_decay(G, t, i, count, gamma, C, DECAY, MASKED)
+        c, c_last = chunk_decay(G, t, i, count, DECAY, MASKED)
     scores = product(q, tl.trans(k), PRECISION, UPCAST)
     scores = scores_between(scores, c, i, REVERSE, STRICT, DECAY)
     o = product(q, S.to(q.dtype), PRECISION, UPCAST)
@@ -150,11 +150,8 @@ def scan_kernel(
     if OTHER is not None:
         OTHER += begin * stride_xt + (h // X_GROUP) * stride_xh
         ROWS += (block.to(tl.int64) * total + begin) * HEADS + h
-    gamma = 0.0
-    if DECAY == 1:
-        gamma = tl.load(G + h)
-    elif DECAY == 2:
-        G += h * total + begin
+    if DECAY != 0:
+        G = decay_row(G, h, begin, total, C, DECAY)
     size = (end - begin).to(tl.int32)
     whole = size // C
     rest = size % C
@@ -164,21 +161,21 @@ def scan_kernel(
         t = zero + whole * C
         S = _chunk(
             S, Q, K, V, K2, V2, G, OUT, ADD, OTHER, ROWS,
-            stride_qt, stride_kt, stride_vt, stride_k2t, stride_v2t, stride_xt, t, rest, i, d, e, gamma, scale,
+            stride_qt, stride_kt, stride_vt, stride_k2t, stride_v2t, stride_xt, t, rest, i, d, e, scale,
             HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, REVERSE, STRICT, True, PRECISION, UPCAST,
         )  # fmt: skip
     for step in range(0, whole):
         t = (zero + (whole - 1 - step if REVERSE else step)) * C
         S = _chunk(
             S, Q, K, V, K2, V2, G, OUT, ADD, OTHER, ROWS,
-            stride_qt, stride_kt, stride_vt, stride_k2t, stride_v2t, stride_xt, t, C, i, d, e, gamma, scale,
+            stride_qt, stride_kt, stride_vt, stride_k2t, stride_v2t, stride_xt, t, C, i, d, e, scale,
             HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, REVERSE, STRICT, False, PRECISION, UPCAST,
         )  # fmt: skip
     if not REVERSE and rest > 0:
         t = zero + whole * C
         S = _chunk(
             S, Q, K, V, K2, V2, G, OUT, ADD, OTHER, ROWS,
-            stride_qt, stride_kt, stride_vt, stride_k2t, stride_v2t, stride_xt, t, rest, i, d, e, gamma, scale,
+            stride_qt, stride_kt, stride_vt, stride_k2t, stride_v2t, stride_xt, t, rest, i, d, e, scale,
             HEADS, DK, DV, BLOCK_K, BLOCK_V, C, DECAY, REVERSE, STRICT, True, PRECISION, UPCAST,
         )  # fmt: skip
     if FINAL is not None:
@@ -216,7 +213,7 @@ class Walk:
         DV, cut = v.shape[-1], self.cut
         config = config or scan_configs.scan(DK, DV, q.element_size())
         block_k = runtime.power_of_two(DK, 16)
-        block_v = min(config.block_v, runtime.power_of_two(DV, 16))
+        block_v = scan_configs.columns(DV, config.block_v, config.chunk, q.element_size())
         blocks = triton.cdiv(DV, block_v)
         out = torch.empty(B, T, self.heads, DV, dtype=out_dtype or q.dtype, device=q.device)
         rows = None

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
-from foveate.attention.backends.triton.scan_configs import DeltaConfig, ScanConfig, VectorConfig
+from foveate.attention.backends.triton.scan_configs import DeltaConfig, ScanConfig, VectorConfig, columns
 from foveate.attention.backends.triton.scan_parts import (
     FIXED,
     LOWEST,
@@ -61,7 +61,7 @@ class Cut:
         # Under symbolic shapes only B and T stay symbols.
         (B, T), (HV, V) = v.shape[:2], map(int, v.shape[2:])
         sequences = B if offsets is None else len(offsets) - 1
-        per_piece = HV * triton.cdiv(V, min(config.block_v, runtime.power_of_two(V, 16)))
+        per_piece = HV * triton.cdiv(V, columns(V, config.block_v, config.chunk, q.element_size()))
         wanted = config.per_sm * runtime.multiprocessors(q.device.index)
         pieces = sequences
         if 2 * sequences * per_piece < wanted:
@@ -131,12 +131,13 @@ def steps(x: Tensor | None) -> tuple[int, int]:
 
 
 def decay_sums(g: Tensor | None, cut: Cut, chunk: int) -> Tensor | None:
-    """What kernels read as G: [HV] base-2 decays (FIXED), or sums inside chunks: [HV, total] (SCALAR), [total, HV * K]
-    (VECTOR)."""
+    """What kernels read as G: base-2 decays summed inside chunks, [HV, chunk] (FIXED: every chunk's), [HV, total]
+    (SCALAR) or [total, HV * K] (VECTOR)."""
     if g is None:
         return None
     if g.dim() == 1:
-        return g.float().clamp(min=LOWEST) * runtime.LOG2E
+        one = g.float().clamp(min=LOWEST) * runtime.LOG2E
+        return one[:, None] * torch.arange(1, chunk + 1, dtype=torch.float32, device=g.device)
     B, T = g.shape[:2]
     channels = g.dim() == 4
     if channels:

@@ -60,11 +60,24 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def chunk_decay(G, t, i, count, gamma, C: tl.constexpr, DECAY: tl.constexpr, MASKED: tl.constexpr):
-    """c [C] and c_L of the chunk of `count` tokens from t on. G: sums (SCALAR); gamma: one token's decay (FIXED)."""
+def decay_row(G, h, begin, total, C: tl.constexpr, DECAY: tl.constexpr):
+    """Where the sums of head h begin, as `scan_launch.decay_sums` lays them out; `begin` counts tokens."""
     if DECAY == 1:
-        c = (i + 1).to(tl.float32) * gamma
-        last = count * gamma
+        G += h * C
+    elif DECAY == 2:
+        G += h * total + begin
+    return G
+
+
+@triton.jit
+def chunk_decay(G, t, i, count, DECAY: tl.constexpr, MASKED: tl.constexpr):
+    """c [C] and c_L of the chunk of `count` tokens from t on. G: from `decay_row`.
+
+    FIXED sums are the same in every chunk, yet read there: held over the loop, what is made of them fills registers.
+    """
+    if DECAY == 1:
+        c = tl.load(G + i)
+        last = tl.load(G + count - 1)
     else:
         if MASKED:
             c = tl.load(G + t + i, mask=i < count, other=0.0)

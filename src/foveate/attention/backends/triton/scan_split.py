@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.attention.backends.triton import runtime, scan_configs
 from foveate.attention.backends.triton.scan_launch import Cut, steps
-from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, product
+from foveate.attention.backends.triton.scan_parts import bounds, chunk_decay, decay_row, product
 
 
 @triton.jit(do_not_specialize=["total", "tokens", "length", "per_sequence", "HEADS"])
@@ -47,12 +47,8 @@ def states_kernel(
     k_at = K + begin * stride_kt + (h // K_GROUP).to(tl.int64) * stride_kh + i[:, None] * stride_kt + d[None, :]
     v_at = V + begin * stride_vt + (h // V_GROUP).to(tl.int64) * stride_vh + i[:, None] * stride_vt + e[None, :]
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    gamma = 0.0
-    g_at = begin
-    if DECAY == 1:
-        gamma = tl.load(G + h)
-    elif DECAY == 2:
-        g_at += h.to(tl.int64) * total
+    if DECAY != 0:
+        G = decay_row(G, h.to(tl.int64), begin, total, C, DECAY)
     decayed = 0.0
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
     zero = tl.full([], 0, tl.int64)
@@ -63,7 +59,7 @@ def states_kernel(
         k = tl.load(k_at + ahead * stride_kt, mask=there & d_in[None, :], other=0.0)
         v = tl.load(v_at + ahead * stride_vt, mask=there & e_in[None, :], other=0.0)
         if DECAY != 0:
-            c, c_last = chunk_decay(G, g_at + ahead, i, tl.minimum(end - start, C).to(tl.int32), gamma, C, DECAY, True)
+            c, c_last = chunk_decay(G, ahead, i, tl.minimum(end - start, C).to(tl.int32), DECAY, True)
             weight = tl.exp2(c if REVERSE else tl.minimum(c_last - c, 0.0))
             v = (v * weight[:, None]).to(v.dtype)
             S = S * tl.exp2(c_last)
@@ -131,7 +127,7 @@ def border_states(
     DK, DV = k.shape[-1], v.shape[-1]
     config = config or scan_configs.scan(DK, DV, k.element_size())
     block_k = min(config.sum_k, runtime.power_of_two(DK, 16))
-    block_v = min(config.sum_v, runtime.power_of_two(DV, 16))
+    block_v = scan_configs.columns(DV, config.sum_v, config.chunk, k.element_size())
     states = torch.empty(cut.pieces, heads, DK, DV, dtype=torch.float32, device=k.device)
     decays = torch.empty(cut.pieces, heads, dtype=torch.float32, device=k.device) if decay else None
     states_kernel[(triton.cdiv(DK, block_k) * triton.cdiv(DV, block_v), heads, cut.pieces)](

@@ -202,7 +202,7 @@ def vector_walk(
     """The output [B, T, heads, V], and the states before pieces (`start` where none is split). Fills `final`."""
     B, T, HV, DV = v.shape
     DK = q.shape[3]
-    block_v = min(config.block_v, runtime.power_of_two(DV, 16))
+    block_v = scan_configs.columns(DV, config.block_v, config.chunk, q.element_size())
     grid = (triton.cdiv(DV, block_v), HV, cut.pieces)
     sizes = {
         "Q_GROUP": HV // q.shape[2], "K_GROUP": HV // k.shape[2], "DK": DK, "DV": DV,

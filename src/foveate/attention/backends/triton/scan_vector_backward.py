@@ -134,7 +134,7 @@ def _back_walk(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     B, T, HV, DV = x.shape
     DK = z.shape[3]
-    block_k = min(config.block_v, runtime.power_of_two(DK, 16))
+    block_k = scan_configs.columns(DK, config.block_v, config.chunk, x.element_size())
     out = torch.empty(B, T, HV, DK, dtype=torch.float32 if z.shape[2] < HV else z.dtype, device=x.device)
     rows = None if other is None else torch.empty(B, T, HV, DK, dtype=torch.float32, device=x.device)
     vector_back_kernel[(triton.cdiv(DK, block_k), HV, cut.pieces)](
