@@ -42,6 +42,11 @@ class AarenState(MixerState):
     arxiv="2405.13956",
     year=2024,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.014 with 0.8 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB; one query "
+        "per layer cannot ask for a key, as expected (benchmarks/results/mqar.json)."
+    ),
 )
 class AarenMixer(Mixer):
     """Softmax attention of one learned query over every prefix.

@@ -179,6 +179,11 @@ def _capacity(x: Tensor, total: Tensor, eps: float) -> Tensor:
     arxiv="2202.06258",
     year=2022,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.014 with 18 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class FlowMixer(Mixer):
     """Linear attention with competition among values and allocation to outputs, by conserved flows.

@@ -125,6 +125,11 @@ class MALAState(LinearState):
     arxiv="2507.00698",
     year=2025,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.617 with 17 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class MALACausalMixer(Mixer):
     """Magnitude-aware linear attention over the tokens so far, for language.

@@ -46,6 +46,12 @@ _ROWS = 256
     arxiv="2106.12566",
     year=2021,
     applies_to="from scratch",
+    claim=(
+        "Bytes of text, 2 layers of width 64, 300 steps: loss 2.126 with a relative bias, 2.128 without it; "
+        "without normalised queries and keys (tau 4) 2.156; linear attention 2.142, softmax 1.945. The "
+        "Toeplitz product by FFT takes 4.3 ms at 16k tokens, directly 83 ms on one H100 "
+        "(benchmarks/results/claims/nprf.json)."
+    ),
 )
 class NPRFMixer(Mixer):
     """Kernel attention on normalised queries and keys, with a relative position bias by FFT.

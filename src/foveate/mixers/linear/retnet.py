@@ -31,6 +31,11 @@ from foveate.registry import register
     arxiv="2307.08621",
     year=2023,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.431 with 33 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class RetNetMixer(Mixer):
     """Multi-scale retention.

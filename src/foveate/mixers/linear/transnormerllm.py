@@ -65,6 +65,11 @@ def lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
     year=2023,
     applies_to="from scratch",
     small={"lrpe": True},
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.993 with 17 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class TransNormerLLMMixer(Mixer):
     """Linear attention with fixed decays, an output norm and a linear gate.

@@ -341,7 +341,20 @@ class YaadMixer(_MirasMixer):
         )
 
 
-@register("memora", kind="mixer", paper=PAPER, arxiv="2504.13173", year=2025, applies_to="from scratch", small=SMALL)
+@register(
+    "memora",
+    kind="mixer",
+    paper=PAPER,
+    arxiv="2504.13173",
+    year=2025,
+    applies_to="from scratch",
+    small=SMALL,
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.910 with 265 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
+)
 class MemoraMixer(_MirasMixer):
     """A test-time memory of positive weights on simplices, kept near the past by KL divergence.
 

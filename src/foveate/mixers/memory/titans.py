@@ -195,6 +195,11 @@ def make_memory(
     year=2024,
     applies_to="from scratch",
     small={"chunk": 5, "expansion": 1.5},
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.469 with 396 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class TitansMemoryMixer(Mixer):
     """A neural memory alone (the paper's LMM), trained by gradient steps with momentum and decay while it reads.

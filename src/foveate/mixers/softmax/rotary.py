@@ -71,6 +71,10 @@ def _to_right(x: Tensor, slots: int) -> Tensor:
     arxiv="1706.03762",
     year=2017,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64: accuracy 1.000 with 132 kB of "
+        "state; with windows of 64 and 16 tokens 0.028 and 0.004 (benchmarks/results/mqar.json)."
+    ),
 )
 class SoftmaxMixer(Mixer):
     """Softmax attention with rotary positions, over all earlier tokens or a sliding window.

@@ -121,6 +121,11 @@ class LongShortState(MixerState):
     year=2021,
     applies_to="from scratch",
     small={"chunk": 4, "window": 5, "rank": 2, "memory": 8},
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.585 with 70 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class LongShortCausalMixer(Mixer):
     """Attention to the last tokens and to compressed chunks before.

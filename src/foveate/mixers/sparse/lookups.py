@@ -42,6 +42,11 @@ SELECTIONS = ("sigmoid", "two-way", "softmax")
     arxiv="2312.04927",
     year=2023,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.996 with 132 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class LookupsMixer(Mixer):
     """Softmax attention for the few tokens that select it.
