@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.errors import DataError, FoveateError
+from foveate.errors import BackendError, DataError, FoveateError
 
 app = typer.Typer(
     add_completion=False,
@@ -283,21 +283,47 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="decode, or all of benchmarks/ by file name")] = "decode",
+    name: Annotated[
+        str, typer.Argument(help="decode: methods on a model; gpu: every kernel beside baselines")
+    ] = "decode",
     model: Model = None,
-    length: Annotated[int, typer.Option(min=64, help="tokens in the cache")] = 8192,
-    methods: Annotated[str | None, typer.Option(help="specs separated by spaces or ';'")] = None,
+    length: Annotated[int, typer.Option(min=64, help="decode: tokens in the cache")] = 8192,
+    methods: Annotated[str | None, typer.Option(help="decode: specs separated by spaces or ';'")] = None,
     dtype: Dtype = "bfloat16",
-    out: Annotated[Path | None, typer.Option(help="write the JSON here")] = None,
+    only: Annotated[str | None, typer.Option(help="gpu: some of prefill,decode,topk,models,scans,train")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="samples per time; default 3, for gpu 5")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write the JSON here; default for gpu: foveate-bench-gpu.json")
+    ] = None,
 ) -> None:
-    """Time prefill and decoding of methods against the stock model, in one run."""
+    """Time methods against the stock model, or (gpu) kernels and models against the strongest baselines; one run."""
+    if name == "gpu":
+        from foveate.compare import bench_gpu
+
+        if model is not None or methods is not None:
+            raise DataError(
+                "bench gpu measures fixed shapes: it takes --only, --rounds and --out, no --model or --methods"
+            )
+        measured = bench_gpu.bench_gpu(
+            _words((only or "").replace(",", " ")) or None,
+            rounds=rounds or bench_gpu.ROUNDS,
+            out=out or bench_gpu.DEFAULT_PATH,
+        )
+        _stdout().print(measured.table())
+        _stderr().print(f"wrote {measured.path}")
+        if measured.stopped is not None:
+            raise BackendError(f"{measured.stopped}; the {len(measured.rows)} rows until then are kept")
+        return
+    if name != "decode":
+        raise DataError(f"there is no benchmark {name!r}; there is: decode, gpu (more under benchmarks/)")
+    if only is not None:
+        raise DataError("--only names parts of bench gpu; bench decode takes --methods")
     from foveate.compare.bench import bench as run_bench
     from foveate.hf.models import load_model
 
-    if name != "decode":
-        raise DataError(f"there is no benchmark {name!r}; there is: decode (more under benchmarks/)")
     loaded, _ = load_model(model, dtype=dtype)
-    result = run_bench(loaded, methods=_words(methods) or ["full", f"snapkv:budget={length // 4}"], length=length)
+    chosen = _words(methods) or ["full", f"snapkv:budget={length // 4}"]
+    result = run_bench(loaded, methods=chosen, length=length, rounds=rounds or 3)
     _stdout().print(result.table())
     if out is not None:
         result.to_json(out)

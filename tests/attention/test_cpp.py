@@ -103,4 +103,8 @@ def test_the_best_slots_are_those_of_the_mask(seed: int, tokens: int, per_row: b
     counts = torch.randint(0, tokens + 2, (2, 3), generator=made)
     count = counts if per_row else int(counts[0, 0])
     assert cpp_scoring.why_not_top(scores) is None
-    assert torch.equal(top_slots(scores, count), slots_of(top_mask(scores, count)))
+    found, mask = top_slots(scores, count), top_mask(scores, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOVEATE_CPP", "0")
+        assert torch.equal(top_mask(scores, count), mask)
+    assert torch.equal(found, slots_of(mask))

@@ -60,7 +60,7 @@ def test_a_dense_list_fills_the_device_once():
     assert wanted * 0.9 <= blocks <= wanted
 
 
-@pytest.mark.parametrize("case, launches", [("topk float32", 4), ("topk bfloat16", 3), ("topk short", 1)])
+@pytest.mark.parametrize("case, launches", [("topk float32", 3), ("topk bfloat16", 3), ("topk short", 1)])
 def test_topk_launches_few_kernels_that_fit(case, launches):
     kernels = compiled(case)
     assert len(kernels) == launches

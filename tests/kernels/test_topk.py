@@ -16,6 +16,9 @@ from tests.kernels.definitions import DEVICE
 CUT = TopkConfig(block=128, num_warps=4, most_chunks=3)
 # Chunks that are one block.
 WHOLE = TopkConfig(block=512, num_warps=4, most_chunks=3, least_block=128)
+# What is kept of a chunk is read in parts.
+PARTS = TopkConfig(block=512, num_warps=4, most_chunks=3, width=128)
+CHUNKED = pytest.mark.parametrize("config", [CUT, WHOLE, PARTS], ids=["chunks of blocks", "chunks", "parts"])
 CONFIGS = pytest.mark.parametrize("config", [None, CUT, WHOLE], ids=["one block", "chunks of blocks", "chunks"])
 
 
@@ -75,6 +78,54 @@ def test_lengths_and_absent_entries(config):
     scores[2, 7:] = torch.inf
     got = topk_select(scores, 64, length=length, config=config)
     assert torch.equal(got, expected(scores, 64, length))
+
+
+def sampled_positions(n: int) -> torch.Tensor:
+    """Where `bounds` looks for the sample: a hash of 1 .. 512 modulo 2^32, scaled to the row."""
+    x = torch.arange(1, 513) * 0x9E3779B1 % 2**32
+    x = (x ^ (x >> 15)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    return (x ^ (x >> 16)) * n >> 32
+
+
+def test_a_sample_that_misleads_costs_time_alone():
+    n, k = 4224, 520
+    at = sampled_positions(n)
+    assert at.unique().numel() < k
+    scores = torch.randn(5, n)
+    # Only the sample is large, so that it bounds fewer than k scores; only it is low; it is nothing; it is all equal.
+    scores[0, at] += 100
+    scores[1, at] -= 100
+    scores[2, at] = torch.nan
+    scores[3, at] = 3e38
+    # Most entries are masked, and fewer than k are not.
+    scores[4] = scores[4].masked_fill(torch.rand(n) < 0.92, -1e9)
+    scores[4, 7] = -torch.inf
+    scores = scores.to(DEVICE)
+    assert torch.equal(topk_select(scores, k, config=WHOLE), expected(scores, k))
+    length = torch.tensor([n, 4200, 520, 17, n], device=DEVICE)
+    assert torch.equal(topk_select(scores, k, length=length, config=WHOLE), expected(scores, k, length))
+
+
+@CHUNKED
+@pytest.mark.parametrize("k", [3, 40, 600])
+def test_ranges_of_scores(config, k):
+    x = torch.randn(8, 1200)
+    rows = (
+        x[0] + 1000, x[1] * 1e-42, (8 * x[2]).exp(), x[3].relu(), x[4].sort().values, (x[5] / x[6]) ** 3,
+        x[6].masked_fill(torch.rand(1200) < 0.9, -torch.inf), x[7].masked_fill(torch.rand(1200) < 0.95, -1e9),
+        x[0].masked_fill(torch.rand(1200) < 0.6, torch.inf), torch.full((1200,), torch.nan), -x[1].abs() - 5,
+    )  # fmt: skip
+    scores = torch.stack(rows).to(DEVICE)
+    assert torch.equal(topk_select(scores, k, config=config), expected(scores, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranges_of_16_bit_scores(dtype):
+    x = torch.randn(3, 1200)
+    scores = torch.stack((x[0] + 100, x[1] * 1e-6, (x[2] * 4).exp())).to(DEVICE, dtype)
+    for k in (3, 150, 900):
+        assert torch.equal(topk_select(scores, k, config=PARTS), expected(scores, k))
 
 
 def test_leading_dimensions_and_strides():

@@ -11,6 +11,7 @@ from foveate.errors import OptionError, UnsupportedModelError
 from foveate.methods import SingleLayer
 from foveate.methods.select.reuse import similarity
 from foveate.methods.select.tokenselect import TokenSelect
+from foveate.methods.step import RopeLike
 
 ROPE = Rope(16)
 SMALL = {"sinks": 3, "local": 10, "chunk": 10, "budget": 6}
@@ -21,13 +22,28 @@ def draw(tokens: int, batch: int = 1) -> tuple[Tensor, ...]:
     return tuple(torch.randn(batch, heads, tokens, 16) for heads in (4, 2, 2))
 
 
-def run(method: TokenSelect, qkv: tuple[Tensor, ...], spans: list[int]) -> tuple[Tensor, SingleLayer]:
-    layer = SingleLayer(method, rope=ROPE)
+class Shuffled:
+    """A rotary embedding whose pairs lie anywhere."""
+
+    def __init__(self, rope: Rope) -> None:
+        self.rope, self.order = rope, torch.tensor([5, 11, 0, 3, 14, 8, 2, 13, 7, 1, 15, 4, 10, 6, 12, 9])
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.rope.rotate(x[..., self.order], positions)[..., self.order.argsort()]
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.rope.unrotate(x[..., self.order], positions)[..., self.order.argsort()]
+
+
+def run(
+    method: TokenSelect, qkv: tuple[Tensor, ...], spans: list[int], rope: RopeLike = ROPE
+) -> tuple[Tensor, SingleLayer]:
+    layer = SingleLayer(method, rope=rope)
     outputs, start = [], 0
     for count in spans:
         q, k, v = (each[:, :, start : start + count] for each in qkv)
         at = torch.arange(start, start + count)[None]
-        outputs.append(layer(ROPE.rotate(q, at), ROPE.rotate(k, at), v))
+        outputs.append(layer(rope.rotate(q, at), rope.rotate(k, at), v))
         start += count
     return torch.cat(outputs, 2), layer
 
@@ -44,7 +60,7 @@ def vote(qbar: Tensor, middle: Tensor, method: TokenSelect) -> list[int]:
     return pooled.argsort(descending=True, stable=True)[: method.budget].sort().values.tolist()
 
 
-def brute(qkv: tuple[Tensor, ...], spans: list[int], method: TokenSelect) -> Tensor:
+def brute(qkv: tuple[Tensor, ...], spans: list[int], method: TokenSelect, rope: RopeLike = ROPE) -> Tensor:
     """One sequence, chunk by chunk."""
     q, k, v = (each[0] for each in qkv)
     outputs, start, last, kept = [], 0, None, None
@@ -55,14 +71,14 @@ def brute(qkv: tuple[Tensor, ...], spans: list[int], method: TokenSelect) -> Ten
             read = list(range(N))
         else:
             at = torch.arange(method.local, method.local + count)[None]
-            qbar = ROPE.rotate(q[None, :, start:N], at)[0].mean(1)
+            qbar = rope.rotate(q[None, :, start:N], at)[0].mean(1)
             fresh = method.reuse is None or last is None or similarity(qbar[None], last[None], flat=True) < method.reuse
             if fresh:
                 kept, last = vote(qbar, k[:, method.sinks : N - method.local], method), qbar
             read = [*range(method.sinks), *(j + method.sinks for j in kept), *range(N - method.local, N)]
         ranks = torch.arange(len(read))[None]
-        keys = ROPE.rotate(k[None, :, read], ranks)[0].repeat_interleave(2, 0)
-        queries = ROPE.rotate(q[None, :, start:N], ranks[:, -count:])[0]
+        keys = rope.rotate(k[None, :, read], ranks)[0].repeat_interleave(2, 0)
+        queries = rope.rotate(q[None, :, start:N], ranks[:, -count:])[0]
         scores = queries @ keys.transpose(-1, -2) / 4
         seen = torch.arange(len(read)) <= torch.arange(len(read))[-count:, None]
         outputs.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, read].repeat_interleave(2, 0))
@@ -90,6 +106,34 @@ def test_equals_the_definition(options: dict[str, object], spans: list[int]) -> 
     method = TokenSelect(**{**SMALL, **options})  # type: ignore[arg-type]
     qkv = draw(sum(spans))
     torch.testing.assert_close(run(method, qkv, spans)[0], brute(qkv, spans, method), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rope", [Rope(8), Rope(16, style="interleaved"), Shuffled(ROPE)], ids=lambda rope: str(rope)[:9]
+)
+@pytest.mark.parametrize("reuse", [None, 0.3])
+def test_any_rotary_embedding(rope: RopeLike, reuse: float | None) -> None:
+    method, qkv, spans = TokenSelect(**SMALL, reuse=reuse), draw(50), [40] + [1] * 10
+    expected = brute(qkv, spans, method, rope)
+    torch.testing.assert_close(run(method, qkv, spans, rope)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_turn_alike_share_a_table() -> None:
+    _, layer = run(TokenSelect(**SMALL, reuse=None), draw(30), [30])
+    ropes = [ROPE, Rope(16, base=500.0), Shuffled(ROPE), Shuffled(ROPE), Rope(16)]
+    for rope in ropes:
+        layer.rope = rope
+        layer(*(torch.randn(1, heads, 1, 16) for heads in (4, 2, 2)))
+    (tables,) = layer.run.shared.values()
+    assert [tables[rope] is None for rope in ropes] == [False, False, True, True, False]
+    assert tables[ropes[0]] is not tables[ropes[1]]
+
+    class Same(Shuffled):
+        rotate, unrotate = staticmethod(ROPE.rotate), staticmethod(ROPE.unrotate)
+
+    layer.rope = Same(ROPE)
+    layer(*(torch.randn(1, heads, 1, 16) for heads in (4, 2, 2)))
+    assert tables[layer.rope] is tables[ROPE]
 
 
 def test_everything_that_fits_is_ordinary_attention() -> None:
@@ -134,6 +178,15 @@ def test_a_kept_choice_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> Non
         calls.clear()
         run(TokenSelect(**SMALL, reuse=reuse, prompt=False), draw(50), [30] + [1] * 20)
         assert len(calls) == expected
+
+
+def test_a_kept_choice_is_read_where_it_lies() -> None:
+    _, layer = run(TokenSelect(**SMALL, reuse=-1.0), draw(50), [40] + [1] * 10)
+    state = layer.cache.states[0]
+    before, address = state.keys.clone(), state.keys.data_ptr()
+    layer(*(torch.randn(1, heads, 1, 16) for heads in (4, 2, 2)))
+    assert layer.cache.states[0].keys.data_ptr() == address
+    assert torch.equal(state.keys, before)
 
 
 def test_positions_stay_compact() -> None:

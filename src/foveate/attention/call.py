@@ -12,7 +12,10 @@ from foveate.attention.positions import Positions
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of `attend` after validation. Shapes as in `attend`."""
+    """Arguments of `attend` after validation. Shapes as in `attend`.
+
+    bias: of sigmoid weights; None: softmax weights.
+    """
 
     q: Tensor
     k: Tensor
@@ -26,6 +29,11 @@ class Call:
     sink: Tensor | None
     softcap: float | None
     need_lse: bool
+    bias: float | None = None
+
+    @property
+    def score(self) -> str:
+        return "softmax" if self.bias is None else "sigmoid"
 
     @property
     def m(self) -> int:

@@ -142,6 +142,7 @@ def linear_scan(
     Args:
         q, k: [B, T, H, K].    v: [B, T, HV, V], one dtype; value head h reads q/k head h // (HV / H).
         g: decay in natural log, <= 0 (-inf wipes the state): [HV], [B, T, HV] or [B, T, HV, K]; default: none.
+            Its sign is checked on the CPU; on a GPU with FOVEATE_CHECK_VALUES=1, as that makes every call wait.
         beta: [B, T, HV], the strength of a delta-rule write; default: plain writes. Wants keys of norm <= 1.
         scale: multiplies q once; default K ** -0.5. The state is not scaled.
         normalize: divide o by scale q . (decayed sum of k) + eps. The state then has one more column, that sum.

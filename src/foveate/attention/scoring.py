@@ -1,13 +1,20 @@
-"""Scores of one query per head against many keys, and the best of many scores: what every selection starts from."""
+"""Scores of one query per head against many keys, the best of many scores, and the rows they choose: what every
+selection starts from."""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foveate.attention.backends import cpp_scoring
+from foveate.attention.backends.torch_dense import gather_rows
 from foveate.attention.shapes import match
-from foveate.errors import ShapeError
+from foveate.errors import OptionError, ShapeError
 
 
 def query_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -32,12 +39,40 @@ def query_scores(q: Tensor, k: Tensor) -> Tensor:
     return scores.view(B, Hq, N)
 
 
+def softmax_votes(q: Tensor, k: Tensor, scale: float, *, groups: int = 1, reduce: str = "sum") -> Tensor:
+    """Softmax weights over all keys, of scale q . k, reduced over query heads: [B, groups, N] float32.
+
+    q: [B, Hq, D], k: [B, Hkv, N, D] (float64 gives float64). scale: above 0. groups: consecutive query heads in so many
+    groups of one size, each reduced for itself: 1 takes all heads together, Hkv those of each KV head. reduce: "sum"
+    or "max". Raises ShapeError, OptionError. O(N Hq D) time, O(N Hq) memory; the C++ kernel reads k once.
+    """
+    match(q=(q, "B Hq D"), k=(k, "B Hkv N D"))
+    B, Hq, D = q.shape
+    if not scale > 0 or reduce not in ("sum", "max") or groups < 1 or Hq % groups:
+        raise OptionError(
+            f"softmax_votes: scale={scale}, reduce={reduce!r}, groups={groups}, allowed: scale > 0, 'sum' or 'max', "
+            f"a number of groups that divides {Hq} query heads"
+        )
+    rows = q.reshape(B, k.shape[1], -1, D)
+    if cpp_scoring.why_not(rows, k) is None:
+        return cpp_scoring.votes(rows, k, scale, groups, reduce == "max")
+    weights = query_scores(q, k).mul_(scale).softmax(-1).unflatten(1, (groups, -1))
+    return weights.sum(2) if reduce == "sum" else weights.amax(2)
+
+
 def top_mask(scores: Tensor, count: int | Tensor) -> Tensor:
     """Bool like scores [..., N]: the `count` highest of each row; ties go to the lower index.
 
-    count: an int, or a tensor that broadcasts to scores[..., 0]. Entries of -inf are never taken. O(N log k).
+    count: an int, or a tensor that broadcasts to scores[..., 0]. Entries of -inf are never taken. O(N log k), by the
+    C++ kernel O(N).
     """
     N = scores.shape[-1]
+    if cpp_scoring.why_not_top(scores) is None:
+        each = count if isinstance(count, int) else count.expand(scores.shape[:-1]).reshape(1, -1)
+        index = cpp_scoring.top(scores.reshape(1, -1, N), each)
+        mask = torch.zeros(index.shape[1], N + 1, dtype=torch.bool)
+        # What is absent goes to a column of its own.
+        return mask.scatter_(1, torch.where(index < 0, N, index)[0], True)[:, :N].reshape(scores.shape)
     if isinstance(count, int):
         if count >= N:
             return scores > -torch.inf
@@ -70,6 +105,25 @@ def slots_of(mask: Tensor) -> Tensor:
     return index
 
 
+def _has_topk_kernel(scores: Tensor) -> bool:
+    served = scores.device.type == "cuda" and scores.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    served = served and scores.numel() > 0 and importlib.util.find_spec("triton") is not None
+    return served and torch.cuda.get_device_capability(scores.device)[0] >= 8
+
+
+def _top_by_kernel(scores: Tensor, count: int) -> Tensor:
+    """`top_slots` by the Triton kernel, which takes `count` of every row; waits for the device once."""
+    kernels = importlib.import_module("foveate.attention.backends.triton.ops")
+    slots: Tensor = kernels.topk(scores.contiguous(), count).long()
+    taken = scores.gather(-1, slots) > -torch.inf
+    fewest, most = torch.stack(torch.aminmax(taken.sum(-1))).tolist()
+    if fewest == count:
+        return slots
+    absent = scores.shape[-1]
+    listed = slots.masked_fill(~taken, absent).sort(-1).values[..., :most]
+    return listed.masked_fill(listed == absent, -1)
+
+
 def top_slots(scores: Tensor, count: int | Tensor) -> Tensor:
     """The slots of the `count` highest scores [B, H, N] of each row, ascending; ties go to the lower slot.
 
@@ -78,6 +132,84 @@ def top_slots(scores: Tensor, count: int | Tensor) -> Tensor:
     """
     if scores.dim() != 3:
         raise ShapeError(f"top_slots: scores {list(scores.shape)}, allowed: [B, H, N]")
+    if _has_topk_kernel(scores) and isinstance(count, int) and 0 < count < scores.shape[-1]:
+        return _top_by_kernel(scores, count)
     if cpp_scoring.why_not_top(scores) is not None:
         return slots_of(top_mask(scores, count))
     return cpp_scoring.top(scores, count)
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Rotary embedding of `size` features at K positions: cosines and sines [K, P] float32 (float64 for float64).
+
+    Pair p is the features a = p + span * (p // span) and a + span; features from 2 P on stay as they are.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    size: int
+    span: int
+
+    @classmethod
+    def of(cls, rotate: Callable[[Tensor, Tensor], Tensor], positions: Tensor, like: Tensor) -> RotaryTable | None:
+        """Read off a rotary embedding by turning known vectors of the size of like [..., D] to positions [K].
+
+        rotate: takes x [B, H, N, D] and positions [1, N]. Halves of any width and neighbours are found, with any
+        scale of the frequencies; None for other layouts.
+        """
+        D, K = like.shape[-1], positions.shape[0]
+        exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+        unit = torch.eye(D, dtype=exact, device=like.device)
+        # Whither position 1 turns the first feature, the fastest of all.
+        span = int(rotate(unit[None, None, :1], torch.ones_like(positions[None, :1]))[0, 0, 0, 1:].abs().argmax()) + 1
+        if 2 * span > D:
+            return None
+        pairs = D // 2 if span == 1 else span
+        firsts = unit[: 2 * pairs].unflatten(0, (-1, 2, span))[:, 0].sum((0, 1))
+        turned = rotate(firsts.expand(1, 1, K, -1), positions[None])[0, 0, :, : 2 * pairs]
+        cos, sin = (each.flatten(1).contiguous() for each in turned.unflatten(-1, (-1, 2, span)).unbind(-2))
+        made = cls(cos, sin, D, span)
+        return made if made.agrees(rotate, positions) else None
+
+    def agrees(self, rotate: Callable[[Tensor, Tensor], Tensor], positions: Tensor) -> bool:
+        """Whether this table of positions [K] is that of a rotary embedding, by trying some of them."""
+        some = slice(None, None, max(1, positions.shape[0] // 16))
+        table = RotaryTable(self.cos[some], self.sin[some], self.size, self.span)
+        trial = torch.linspace(-1, 2, self.size, dtype=self.cos.dtype, device=self.cos.device)
+        trial = trial.expand(1, 1, table.cos.shape[0], -1)
+        return torch.allclose(table.turn(trial), rotate(trial, positions[None, some]), rtol=1e-5, atol=1e-5)
+
+    def rows(self, start: int, stop: int) -> RotaryTable:
+        """The positions start..stop - 1 of the table."""
+        return RotaryTable(self.cos[start:stop], self.sin[start:stop], self.size, self.span)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotate row j of x [..., K, D] to position j; computes in the table's dtype, returns x's."""
+        width, pairs = 2 * self.cos.shape[-1], (-1, self.span)
+        work = x.to(self.cos.dtype)
+        a, b = work[..., :width].unflatten(-1, (-1, 2, self.span)).unbind(-2)
+        cos, sin = self.cos.unflatten(-1, pairs), self.sin.unflatten(-1, pairs)
+        turned = torch.stack((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -2).flatten(-3)
+        return (torch.cat((turned, work[..., width:]), -1) if width < x.shape[-1] else turned).to(x.dtype)
+
+
+def take_rows(x: Tensor, index: Tensor, table: RotaryTable | None = None, out: Tensor | None = None) -> Tensor:
+    """Rows of x [B, H, N, D] by index int64 [B, K], the same for all heads: [B, H, K, D], row j turned as table says.
+
+    index: slots 0..N-1, all present. table: K positions; None: rows as they are. out: where to write. O(K H D).
+    """
+    sizes = match(x=(x, "B H N D"), index=(index, "B K"))
+    shape = (sizes["B"], sizes["H"], sizes["K"], sizes["D"])
+    if table is not None and table.cos.shape[0] != sizes["K"]:
+        raise ShapeError(f"take_rows: a table of {table.cos.shape[0]} positions, allowed: {sizes['K']}, one per row")
+    if out is None:
+        out = x.new_empty(shape)
+    elif out.shape != shape or out.dtype != x.dtype:
+        raise ShapeError(f"take_rows: out {list(out.shape)} {out.dtype}, allowed: {list(shape)} {x.dtype}")
+    if cpp_scoring.why_not_take(x, out) is None:
+        cos, sin, span = (None, None, 1) if table is None else (table.cos, table.sin, table.span)
+        cpp_scoring.take(x, index, cos, sin, span, out)
+        return out
+    rows = gather_rows(x, index[:, None].expand(-1, sizes["H"], -1))
+    return out.copy_(rows if table is None else table.turn(rows))

@@ -18,6 +18,8 @@ MAX_ROWS = 16
 
 def why_not(call: Call) -> str | None:
     q, k, v = call.q, call.k, call.v
+    if call.bias is not None:
+        return "it weighs by softmax; sigmoid weights go to torch"
     if not isinstance(call.plan, Dense | Tokens):
         return f"it reads dense keys and token lists, not {type(call.plan).__name__} plans"
     if isinstance(call.plan, Tokens) and call.plan.index.dim() != 3:

@@ -1,4 +1,4 @@
-"""The C++ CPU kernels of selection: scores against all keys, and the slots of the best scores."""
+"""The C++ CPU kernels of selection: scores and votes against all keys, the slots of the best, and the chosen rows."""
 
 from __future__ import annotations
 
@@ -27,18 +27,49 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
     B, H, G, D = q.shape
     N, q = k.shape[2], q.contiguous()
     out = torch.empty(B, H * G, N, dtype=torch.float32)
-    starts = [b * k.stride(0) + h * k.stride(1) for b in range(B) for h in range(H)]
     library().foveate_scores(
         KINDS[k.dtype],
         ctypes.c_void_p(q.data_ptr()),
         ctypes.c_void_p(k.data_ptr()),
-        (ctypes.c_int64 * (B * H))(*starts),
+        _starts(k),
         ctypes.c_int64(k.stride(2)),
         ctypes.c_int64(N),
         B * H,
         G,
         D,
         torch.get_num_threads(),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out
+
+
+def _starts(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """Where the rows of each head of x [B, H, N, D] begin, in elements."""
+    B, H = x.shape[:2]
+    return (ctypes.c_int64 * (B * H))(*(b * x.stride(0) + h * x.stride(1) for b in range(B) for h in range(H)))
+
+
+def votes(q: Tensor, k: Tensor, scale: float, groups: int, greatest: bool) -> Tensor:
+    """Softmax weights of q [B, Hkv, G, D] over k [B, Hkv, N, D], reduced per group of heads: [B, groups, N] float32."""
+    B, H, G, D = q.shape
+    N, q = k.shape[2], q.contiguous()
+    weights, out = torch.empty(B, H * G, N, dtype=torch.float32), torch.empty(B, groups, N, dtype=torch.float32)
+    library().foveate_votes(
+        KINDS[k.dtype],
+        ctypes.c_void_p(q.data_ptr()),
+        ctypes.c_void_p(k.data_ptr()),
+        _starts(k),
+        ctypes.c_int64(k.stride(2)),
+        ctypes.c_int64(N),
+        B,
+        H,
+        G,
+        D,
+        groups,
+        int(greatest),
+        ctypes.c_float(scale),
+        torch.get_num_threads(),
+        ctypes.c_void_p(weights.data_ptr()),
         ctypes.c_void_p(out.data_ptr()),
     )
     return out
@@ -72,3 +103,42 @@ def top(scores: Tensor, count: int | Tensor) -> Tensor:
     # A row of few finite scores leaves columns that no row uses.
     most = int((out >= 0).sum(-1).max()) if width and bool((out[..., -1] < 0).all()) else width
     return out[..., :most]
+
+
+def why_not_take(x: Tensor, out: Tensor) -> str | None:
+    """Rows of x [B, H, N, D] to out [B, H, K, D]."""
+    if x.device.type != "cpu" or x.dtype not in KINDS:
+        return "it serves float32 and bfloat16 on CPU"
+    if x.stride(-1) != 1 or out.stride(-1) != 1 or out.stride(2) != x.shape[-1] or not out.numel():
+        return "rows need a unit last stride, and those of the result to lie one after the other"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "it has no gradients"
+    return why_unavailable()
+
+
+def take(x: Tensor, index: Tensor, cos: Tensor | None, sin: Tensor | None, span: int, out: Tensor) -> None:
+    """Rows of x [B, H, N, D] by index int64 [B, K] or [B, H, K] to out [B, H, K, D], their first features turned.
+
+    cos, sin: [K, P] float32, pair p being feature p + span * (p // span) and the one `span` further; None: unturned.
+    """
+    B, H, N, D = x.shape
+    index = index.contiguous()
+    angles = [None if each is None else each.contiguous() for each in (cos, sin)]
+    library().foveate_take(
+        KINDS[x.dtype],
+        ctypes.c_void_p(x.data_ptr()),
+        _starts(x),
+        ctypes.c_int64(x.stride(2)),
+        ctypes.c_int64(N),
+        B * H,
+        H if index.dim() == 2 else 1,
+        ctypes.c_void_p(index.data_ptr()),
+        ctypes.c_int64(index.shape[-1]),
+        D,
+        *(ctypes.c_void_p(None if each is None else each.data_ptr()) for each in angles),
+        0 if cos is None else cos.shape[-1],
+        span,
+        torch.get_num_threads(),
+        ctypes.c_void_p(out.data_ptr()),
+        _starts(out),
+    )

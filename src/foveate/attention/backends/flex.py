@@ -17,6 +17,8 @@ _compiled: Any = None
 
 
 def why_not(call: Call) -> str | None:
+    if call.bias is not None:
+        return "flex weighs by softmax; a score_mod cannot make sigmoid weights"
     if not isinstance(call.plan, Blocks | Dense):
         return f"flex runs Dense and Blocks plans, not {type(call.plan).__name__}"
     if call.m != call.n or not call.positions.aligned:

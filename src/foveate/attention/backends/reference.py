@@ -15,8 +15,8 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call) -> tuple[Tensor, Tensor]:
-    """o [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] (float32, float64 for float64 input)."""
+def attend(call: Call) -> tuple[Tensor, Tensor | None]:
+    """o [B, Hq, M, Dv] in q's dtype and lse [B, Hq, M] (float32, float64 for float64 input; None for sigmoid)."""
     exact = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     _B, Hq, M, _ = call.q.shape
     k, v = (each.repeat_interleave(call.group, dim=1).to(exact) for each in (call.k, call.v))
@@ -30,6 +30,8 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     visible = call.positions.visible(M, call.n, device, window=call.window, causal=call.causal)
     allowed = per_query_head(mask, Hq) & per_query_head(visible, Hq)
     scores = scores.masked_fill(~allowed, -torch.inf)
+    if call.bias is not None:
+        return (torch.sigmoid(scores + call.bias) @ v).to(call.q.dtype), None
     lse = torch.logsumexp(scores, dim=-1)
     if call.sink is not None:
         lse = torch.logaddexp(lse, call.sink.to(exact)[None, :, None].expand_as(lse))

@@ -1,7 +1,7 @@
 """Block-sparse attention in plain torch: key blocks are gathered per query block, nothing else is read.
 
 Work items (one query block of one head) with the same number of key blocks share one fused call. The blocks that
-lie wholly in the past need no mask; the one on the diagonal is computed apart and merged by log-sum-exp.
+lie wholly in the past need no mask; the one on the diagonal is computed apart and joined (softmax: by log-sum-exp).
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from foveate.attention.backends.torch_dense import fused, per_query_head, repeat_heads
+from foveate.attention.backends.torch_dense import fused, join, per_query_head, repeat_heads
 from foveate.attention.call import Call
-from foveate.attention.merge import merge
 from foveate.attention.plan import Blocks, Tokens, VerticalSlash
 
 # Gathered keys and values of one fused call stay below this many elements.
 GATHER_ELEMENTS = 1 << 24
 
 
-def attend_blocks(call: Call, plan: Blocks) -> tuple[Tensor, Tensor]:
+def attend_blocks(call: Call, plan: Blocks) -> tuple[Tensor, Tensor | None]:
     """Attention over a plan of key blocks. Exact token causality inside the partial blocks."""
     B, Hq, M, D = call.q.shape
     N, Dv = call.n, call.v.shape[-1]
@@ -46,28 +45,34 @@ def attend_blocks(call: Call, plan: Blocks) -> tuple[Tensor, Tensor]:
         mask = _item_mask(call, b, kv, r, col, bm, bn)
         part, part_lse = _attend_item(call, q_tiles[b, h, r][:, None], keys, values, mask, bn)
         o_tiles[b, h, r] = part[:, 0].to(o.dtype)
-        lse_tiles[b, h, r] = part_lse[:, 0].to(lse.dtype)
-    return o[:, :, :M], lse[:, :, :M]
+        if part_lse is not None:
+            lse_tiles[b, h, r] = part_lse[:, 0].to(lse.dtype)
+    return o[:, :, :M], lse[:, :, :M] if call.bias is None else None
 
 
-def _attend_item(call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bn: int) -> tuple[Tensor, Tensor]:
+def _attend_item(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bn: int
+) -> tuple[Tensor, Tensor | None]:
     if mask is None:
-        o, lse = fused(q, k, v, scale=call.scale, lse=True)
-        assert lse is not None
-        return o, lse
+        return _fused(call, q, k, v)
     free = mask.flatten(0, -2).all(0)
     # Leading key blocks that every row of every item sees need no mask.
     whole = int(free.unflatten(0, (-1, bn)).all(1).to(torch.int8).cumprod(0).sum()) * bn
     parts = []
     if whole:
-        parts.append(fused(q, k[:, :, :whole], v[:, :, :whole], scale=call.scale, lse=True))
+        parts.append(_fused(call, q, k[:, :, :whole], v[:, :, :whole]))
     if whole < k.shape[2]:
-        rest = mask[..., whole:]
-        o, lse = fused(q, k[:, :, whole:], v[:, :, whole:], scale=call.scale, mask=rest, lse=True)
-        assert lse is not None
-        blind = ~rest.any(-1).expand_as(lse)
-        parts.append((o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)))
-    return merge([o for o, _ in parts], [lse for _, lse in parts if lse is not None])
+        parts.append(_fused(call, q, k[:, :, whole:], v[:, :, whole:], mask[..., whole:]))
+    return join(parts)
+
+
+def _fused(call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """One fused call; o = 0 and lse = -inf for a query that the mask leaves nothing."""
+    o, lse = fused(q, k, v, scale=call.scale, mask=mask, lse=call.bias is None, bias=call.bias)
+    if mask is None:
+        return o, lse
+    blind = ~mask.any(-1).expand(o.shape[:3])
+    return o.masked_fill(blind[..., None], 0.0), None if lse is None else lse.masked_fill(blind, -torch.inf)
 
 
 def _pad(x: Tensor, length: int) -> Tensor:
@@ -111,8 +116,8 @@ def _item_mask(call: Call, b: Tensor, kv: Tensor, r: Tensor, col: Tensor, bm: in
     return None if bool(mask.all()) else mask[:, None]
 
 
-def attend_vertical_slash(call: Call, plan: VerticalSlash) -> tuple[Tensor, Tensor]:
-    """Block diagonals by blocks; the columns they do not cover by a gather; merged by log-sum-exp."""
+def attend_vertical_slash(call: Call, plan: VerticalSlash) -> tuple[Tensor, Tensor | None]:
+    """Block diagonals by blocks; the columns they do not cover by a gather; joined."""
     blocks = plan.slash_blocks(call.m, call.n)
     o, lse = attend_blocks(call, blocks)
     B, Hq = call.q.shape[:2]
@@ -128,16 +133,14 @@ def attend_vertical_slash(call: Call, plan: VerticalSlash) -> tuple[Tensor, Tens
     allowed = (valid[:, :, None] & ~columns).repeat_interleave(plan.block, 2)[:, :, : call.m]
     at = call.positions.keys(call.n, k.device).expand(B, heads, -1).gather(2, index)[:, :, None]
     q_at = call.positions.queries(call.m, call.n, k.device)[:, None, :, None]
-    allowed = allowed & (at >= 0) & (at <= q_at)
+    allowed = allowed & (at >= 0)
+    if call.causal:
+        allowed = allowed & (at <= q_at)
     if call.window is not None:
         allowed = allowed & (q_at - at <= call.window)
     gather = index[..., None].expand(-1, -1, -1, k.shape[-1])
     mask = per_query_head(allowed, Hq)
-    part, part_lse = fused(call.q, k.gather(2, gather), v.gather(2, gather), scale=call.scale, mask=mask, lse=True)
-    assert part_lse is not None
-    blind = ~mask.any(-1)
-    part = part.masked_fill(blind[..., None], 0.0)
-    return merge([o, part], [lse, part_lse.masked_fill(blind, -torch.inf)])
+    return join([(o, lse), _fused(call, call.q, k.gather(2, gather), v.gather(2, gather), mask)])
 
 
 def _unique(index: Tensor) -> Tensor:

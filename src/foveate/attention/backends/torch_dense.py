@@ -6,29 +6,45 @@ The query heads of a KV group are folded into rows wherever few queries are aske
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention.call import Call
-from foveate.attention.merge import apply_sink
+from foveate.attention.merge import apply_sink, merge
 from foveate.attention.plan import Tokens
 from foveate.attention.positions import Positions
 
 # Rows of one masked piece: its mask stays below 8 million entries, so never M x N.
 MASK_ENTRIES = 1 << 23
 FOLD_QUERIES = 16
+# Query rows whose weights exist at a time where no fused kernel makes them, when more than MASK_ENTRIES weights.
+LEAST_ROWS = 64
 
 
 def fused(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False, lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    lse: bool,
+    softcap: float | None = None,
+    bias: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T scale + mask) v for equal or grouped heads, with the log-sum-exp when asked.
 
-    causal means the square causal mask (M = N).
+    causal means the square causal mask (M = N). bias: sigmoid(q k^T scale + mask + bias) v instead, without one.
     """
+    if bias is not None:
+        return _by_sigmoid(q, k, v, scale=scale, mask=mask, causal=causal, softcap=softcap, bias=bias), None
+    if softcap is not None:
+        return _explicit(q, k, v, scale=scale, mask=mask, causal=causal, softcap=softcap)
     if not lse:
         grouped = q.shape[1] != k.shape[1]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -51,6 +67,37 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def _by_sigmoid(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+    bias: float,
+) -> Tensor:
+    """Matmuls and a float32 sigmoid, in pieces of rows; a causal piece reads no key after its last query."""
+    B, Hq, M, _ = q.shape
+    N = k.shape[2]
+    k, v = (repeat_heads(each, Hq) for each in (k, v))
+    rows = max(LEAST_ROWS, MASK_ENTRIES // max(1, B * Hq * N))
+    outputs = []
+    for start in range(0, max(1, M), rows):
+        part = slice(start, min(start + rows, M))
+        own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
+        keys = slice(None)
+        if causal:
+            keys = slice(0, part.stop)
+            own = torch.ones(part.stop - start, part.stop, dtype=torch.bool, device=q.device).tril(start)
+        o, _ = _explicit(
+            q[:, :, part], k[:, :, keys], v[:, :, keys], scale=scale, mask=own, causal=False, softcap=softcap, bias=bias
+        )
+        outputs.append(o)
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
 def _explicit(
     q: Tensor,
     k: Tensor,
@@ -60,8 +107,9 @@ def _explicit(
     mask: Tensor | None,
     causal: bool,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Matmuls and a float32 softmax over one piece of rows."""
+    bias: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Matmuls and a float32 softmax (with a bias, a sigmoid) over one piece of rows."""
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (repeat_heads(each, q.shape[1]) for each in (k, v))
     scores = (q @ k.transpose(-1, -2)).to(exact) * scale
@@ -72,9 +120,19 @@ def _explicit(
         mask = keep if mask is None else mask
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if bias is not None:
+        return torch.sigmoid(scores + bias).to(v.dtype) @ v, None
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     return (weights.to(v.dtype) @ v), lse
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Attention over disjoint keys as one: by the log-sum-exps, or as a sum where weights have no normaliser."""
+    lses = [lse for _, lse in parts if lse is not None]
+    if lses:
+        return merge([o for o, _ in parts], lses)
+    return torch.stack([o for o, _ in parts]).sum(0), None
 
 
 def attend_masked(
@@ -92,7 +150,7 @@ def attend_masked(
     need_lse = call.need_lse or call.sink is not None
     plain = call.softcap is None and call.log_weight is None and restrict is None
     if plain and call.causal and M == N and M > 1 and positions.aligned and call.window is None:
-        return fused(call.q, k, v, scale=call.scale, causal=True, lse=need_lse)
+        return fused(call.q, k, v, scale=call.scale, causal=True, lse=need_lse, bias=call.bias)
     if plain and positions.all_visible(M, call.window, call.causal):
         return _folded(call, call.q, k, v, None, need_lse)
     rows = max(1, MASK_ENTRIES // max(1, N * (Hkv if positions.k is not None else 1)))
@@ -119,7 +177,7 @@ def attend_masked(
 def _weigh(mask: Tensor, log_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     if log_weight is None:
         return mask
-    bias = log_weight[:, :, None].to(torch.float32)
+    bias = log_weight[:, :, None].to(torch.float64 if dtype == torch.float64 else torch.float32)
     return torch.where(mask, bias, torch.full_like(bias, -torch.inf)).to(dtype)
 
 
@@ -134,15 +192,13 @@ def _folded(
     B, Hq, M, D = q.shape
     Hkv = k.shape[1]
     G = Hq // Hkv
-    if call.softcap is not None:
-        spread = None if mask is None else per_query_head(mask, Hq)
-        return _explicit(q, k, v, scale=call.scale, mask=spread, causal=False, softcap=call.softcap)
     if M > FOLD_QUERIES:
-        return fused(q, k, v, scale=call.scale, mask=None if mask is None else per_query_head(mask, Hq), lse=need_lse)
+        spread = None if mask is None else per_query_head(mask, Hq)
+        return fused(q, k, v, scale=call.scale, mask=spread, lse=need_lse, softcap=call.softcap, bias=call.bias)
     q = q.reshape(B, Hkv, G * M, D)
     if mask is not None and mask.shape[2] != 1:
         mask = mask.repeat(1, 1, G, 1)
-    o, lse = fused(q, k, v, scale=call.scale, mask=mask, lse=need_lse)
+    o, lse = fused(q, k, v, scale=call.scale, mask=mask, lse=need_lse, softcap=call.softcap, bias=call.bias)
     return o.reshape(B, Hq, M, v.shape[-1]), None if lse is None else lse.reshape(B, Hq, M)
 
 
@@ -199,7 +255,7 @@ def attend_tokens(call: Call, plan: Tokens) -> tuple[Tensor, Tensor | None]:
     weight = call.log_weight
     if weight is not None:
         weight = repeat_heads(weight, heads).gather(2, index)
-    narrowed = Call(call.q, k, v, plan, chosen, call.scale, call.window, call.causal, weight, None, call.softcap, True)
+    narrowed = replace(call, k=k, v=v, positions=chosen, log_weight=weight, sink=None, need_lse=call.bias is None)
     return attend_masked(narrowed, gather_rows(k, index), gather_rows(v, index), chosen)
 
 
@@ -241,10 +297,12 @@ def _attend_tokens_per_query(call: Call, plan: Tokens) -> tuple[Tensor, Tensor |
             mask=bias.reshape(B * heads * m, 1, 1, K),
             causal=False,
             softcap=call.softcap,
+            bias=call.bias,
         )
         outputs.append(o.view(B, heads, m, Hq // heads, -1).transpose(2, 3).reshape(B, Hq, m, -1))
-        lses.append(lse.view(B, heads, m, Hq // heads).transpose(2, 3).reshape(B, Hq, m))
-    return torch.cat(outputs, 2), torch.cat(lses, 2)
+        if lse is not None:
+            lses.append(lse.view(B, heads, m, Hq // heads).transpose(2, 3).reshape(B, Hq, m))
+    return torch.cat(outputs, 2), torch.cat(lses, 2) if lses else None
 
 
 def finish(call: Call, o: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:

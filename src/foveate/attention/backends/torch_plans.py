@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def _by_plan(call: Call) -> tuple[Tensor, Tensor | None]:
     raise AssertionError(f"why_not let {type(call.plan).__name__} through")
 
 
-def _per_head(call: Call, plan: PerHead) -> tuple[Tensor, Tensor]:
+def _per_head(call: Call, plan: PerHead) -> tuple[Tensor, Tensor | None]:
     outputs, lses = [], []
     for head, own in enumerate(plan.plans):
         queries = slice(head * call.group, (head + 1) * call.group)
@@ -53,22 +55,19 @@ def _per_head(call: Call, plan: PerHead) -> tuple[Tensor, Tensor]:
         if k_at is not None and k_at.shape[1] > 1:
             positions = Positions(positions.q, k_at[:, head][:, None], positions.holes, positions.ordered)
         weight = None if call.log_weight is None else call.log_weight[:, head : head + 1]
-        part = Call(
-            call.q[:, queries],
-            call.k[:, head : head + 1],
-            call.v[:, head : head + 1],
-            own,
-            positions,
-            call.scale,
-            call.window,
-            call.causal,
-            weight,
-            None,
-            call.softcap,
-            True,
+        part = replace(
+            call,
+            q=call.q[:, queries],
+            k=call.k[:, head : head + 1],
+            v=call.v[:, head : head + 1],
+            plan=own,
+            positions=positions,
+            log_weight=weight,
+            sink=None,
+            need_lse=call.bias is None,
         )
         o, lse = _by_plan(part)
-        assert lse is not None
         outputs.append(o)
-        lses.append(lse)
-    return torch.cat(outputs, 1), torch.cat(lses, 1)
+        if lse is not None:
+            lses.append(lse)
+    return torch.cat(outputs, 1), torch.cat(lses, 1) if lses else None

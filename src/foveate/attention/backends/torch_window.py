@@ -18,7 +18,7 @@ def attend_window(call: Call, plan: Window) -> tuple[Tensor, Tensor | None]:
     N = call.n
     if call.positions.aligned and plan.sinks + plan.left + 1 >= N:
         return attend_masked(call, call.k, call.v, call.positions)
-    if call.positions.aligned and call.softcap is None and call.log_weight is None:
+    if call.positions.aligned and call.causal and call.softcap is None and call.log_weight is None:
         return _by_stretches(call, plan)
 
     def restrict(rows: slice) -> Tensor:
@@ -48,13 +48,14 @@ def _by_stretches(call: Call, plan: Window) -> tuple[Tensor, Tensor | None]:
             v,
             scale=call.scale,
             mask=None if whole else per_query_head(mask, Hq),
-            lse=True,
+            lse=call.bias is None,
+            bias=call.bias,
         )
-        assert lse is not None
-        blind = ~mask.any(-1).expand_as(lse)
+        blind = ~mask.any(-1).expand(o.shape[:3])
         outputs.append(o.masked_fill(blind[..., None], 0.0))
-        lses.append(lse.masked_fill(blind, -torch.inf))
-    return torch.cat(outputs, 2), torch.cat(lses, 2)
+        if lse is not None:
+            lses.append(lse.masked_fill(blind, -torch.inf))
+    return torch.cat(outputs, 2), torch.cat(lses, 2) if lses else None
 
 
 def _stretch(x: Tensor, sinks: int, begin: int, end: int) -> Tensor:

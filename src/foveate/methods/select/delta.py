@@ -33,7 +33,7 @@ from foveate.attention.plan import Dense, Plan, Tokens
 from foveate.attention.scoring import slots_of, top_mask
 from foveate.errors import OptionError
 from foveate.methods.base import Method
-from foveate.methods.select.scores import last_weights
+from foveate.methods.select.scores import last_votes, last_weights
 from foveate.methods.step import Phase, Step
 from foveate.options import option
 from foveate.registry import register
@@ -137,11 +137,11 @@ class Delta(Method):
         return choice if choice is not None and choice.seen == step.cache.seen else None
 
     def _choose(self, step: Step) -> Choice:
-        weights = last_weights(step)
         if step.cache.positions is None:
-            token, tokens = weights.amax(1), torch.full((weights.shape[0],), step.cache.stored, device=weights.device)
+            token = last_votes(step, 1, "max")[:, 0]
+            tokens = torch.full((token.shape[0],), step.cache.stored, device=token.device)
         else:
-            token, tokens = self._by_position(step, weights), step.query_positions().amax(1) + 1
+            token, tokens = self._by_position(step, last_weights(step)), step.query_positions().amax(1) + 1
         pages = self.choose(page_scores(token, self.page), tokens)
         choice = Choice(step.cache.seen, pages, step.cache.stored, None)
         if not step.cache.version:

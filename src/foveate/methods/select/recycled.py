@@ -43,7 +43,7 @@ from foveate.methods.budgets import Budgeted
 from foveate.methods.cache import Change
 from foveate.methods.prompt import hide_padding, pool_votes, window_weights
 from foveate.methods.select.reuse import EveryStride, Reuse, WhenDissimilar
-from foveate.methods.select.scores import last_weights
+from foveate.methods.select.scores import last_votes
 from foveate.methods.step import Phase, RunState, Step
 from foveate.options import option
 from foveate.registry import register
@@ -193,10 +193,9 @@ class Recycled(Budgeted):
     def _rank(self, step: Step) -> Tensor:
         """Slots with the highest weights, of equals the lower ones: int64 [B, Hkv, K], ordered as `Recycling` says."""
         if step.phase != "decode" and (self.observe > 1 or self.kernel > 1):
-            weights = window_weights(step, self.observe).mean(2)
+            scores = by_group(window_weights(step, self.observe).mean(2), step.kv_heads, self.reduce)
         else:
-            weights = last_weights(step)
-        scores = by_group(weights, step.kv_heads, self.reduce)
+            scores = last_votes(step, step.kv_heads, self.reduce)
         if step.phase != "decode":
             scores = pool_votes(scores, self.kernel, "avg")
         scores = hide_padding(scores, step)

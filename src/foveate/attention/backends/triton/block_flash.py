@@ -1,6 +1,7 @@
 """Block-sparse flash attention: each block of queries reads its listed blocks of keys, and single key columns.
 
-    o[i] = sum_j p[i, j] v[j],  p = softmax over the listed, visible j of scale * q[i] . k[j]
+    o[i] = sum_j p[i, j] v[j],  p = softmax over the listed, visible j of scale * q[i] . k[j],
+                                or sigmoid(scale * q[i] . k[j] + bias) of each of them (arXiv 2409.04431)
 
 A row of the plan is one program (or several, where the plan's query block is larger than the tile). Its list has the
 blocks that need no mask first: one loop reads those, a second one the few that do; a third one reads the columns that
@@ -39,27 +40,45 @@ def products(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
+def sigmoid(scores, scale, bias, SOFTCAP: tl.constexpr):
+    """1 / (1 + exp(-s - bias)), from scores as `products` gives them and a bias in base 2; 0 for a score of -inf.
+
+    Not by the hardware's tanh, whose error exceeds the weight of one key among ten thousand; and a squared reciprocal
+    root takes 3 instructions less than a division.
+    """
+    if SOFTCAP:
+        scale = 1.0
+    root = tl.rsqrt(1.0 + tl.exp2(-bias - scores * scale))
+    return root * root
+
+
+@triton.jit
 def _fold(
-    scores, v, see, top, mass, acc, scale,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    scores, v, see, top, mass, acc, scale, bias,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile into the running softmax. The scale meets the maximum and the exponent, never all scores alone.
 
     see: keys [N] that count, None for all. Those that do not are read elsewhere by every query of the tile, so that the
-    maximum may include them.
+    maximum may include them. Sigmoid weights are only summed: `top` and `mass` pass through.
     """
-    if SOFTCAP:
-        scale = 1.0
-    new = tl.maximum(top, tl.max(scores, 1) * scale)
-    safe = new
-    if MASKED:
-        safe = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(scores * scale - safe[:, None])
+    if SIGMOID:
+        new = top
+        p = sigmoid(scores, scale, bias, SOFTCAP)
+    else:
+        if SOFTCAP:
+            scale = 1.0
+        new = tl.maximum(top, tl.max(scores, 1) * scale)
+        safe = new
+        if MASKED:
+            safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(scores * scale - safe[:, None])
     if see is not None:
         p = tl.where(see[None, :], p, 0.0)
-    keep = tl.exp2(top - safe)
-    mass = mass * keep + tl.sum(p, 1)
-    acc = acc * keep[:, None]
+    if not SIGMOID:
+        keep = tl.exp2(top - safe)
+        mass = mass * keep + tl.sum(p, 1)
+        acc = acc * keep[:, None]
     if UPCAST:
         acc += tl.dot(p, v.to(tl.float32), input_precision="ieee")
     else:
@@ -106,11 +125,11 @@ def place(
 def _row_tile(
     tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    rows, row_blocks, m, n, width, scale, softcap,
+    rows, row_blocks, m, n, width, scale, softcap, bias,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SIGMOID: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head; consecutive tiles share their list, then their keys."""
     G: tl.constexpr = HQ // HKV
@@ -154,7 +173,7 @@ def _row_tile(
             k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
             v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
         scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
-        top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
+        top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, bias, False, SOFTCAP, SIGMOID, PRECISION, UPCAST)
         start = first_of_tile(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
 
     # Smaller tiles where there are masks, so that they do not decide how many registers the kernel needs.
@@ -173,7 +192,7 @@ def _row_tile(
         if CAUSAL:
             see = see & (slot[None, :] <= q_pos[:, None])
         scores = tl.where(see, scores, float("-inf"))
-        top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
+        top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, bias, True, SOFTCAP, SIGMOID, PRECISION, UPCAST)
         start = first_of_tile(COL, j + 1, count * EDGE_SPLIT, PLAN_N, BLOCK_E)
 
     if KS is not None:
@@ -194,7 +213,9 @@ def _row_tile(
             k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
             v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
             scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
-            top, mass, acc = _fold(scores, v, bits != 0, top, mass, acc, scale, False, SOFTCAP, PRECISION, UPCAST)
+            top, mass, acc = _fold(
+                scores, v, bits != 0, top, mass, acc, scale, bias, False, SOFTCAP, SIGMOID, PRECISION, UPCAST
+            )
             at += BLOCK_N
             bits = _bits(BITS, at, whole)
 
@@ -212,13 +233,16 @@ def _row_tile(
             if CAUSAL:
                 see = see & (slot[None, :] <= q_pos[:, None])
             scores = tl.where(see, scores, float("-inf"))
-            top, mass, acc = _fold(scores, v, None, top, mass, acc, scale, True, SOFTCAP, PRECISION, UPCAST)
+            top, mass, acc = _fold(
+                scores, v, None, top, mass, acc, scale, bias, True, SOFTCAP, SIGMOID, PRECISION, UPCAST
+            )
             at += BLOCK_E
             slot = tl.load(COLUMN + at, mask=at < cut, other=0)
             bits = _bits(BITS, at, cut)
 
-    some = mass > 0
-    acc = acc / tl.where(some, mass, 1.0)[:, None]
+    if not SIGMOID:
+        some = mass > 0
+        acc = acc / tl.where(some, mass, 1.0)[:, None]
     out_row = (b * HQ + h) * m + r
     tl.store(
         OUT + out_row[:, None] * DV + dv[None, :],
@@ -230,15 +254,15 @@ def _row_tile(
         tl.store(LSE + out_row, lse, mask=live)
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "row_blocks", "m", "n", "width", "scale", "softcap"])
+@triton.jit(do_not_specialize=["tiles", "rows", "row_blocks", "m", "n", "width", "scale", "softcap", "bias"])
 def block_flash_kernel(
     Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    tiles, rows, row_blocks, m, n, width, scale, softcap,
+    tiles, rows, row_blocks, m, n, width, scale, softcap, bias,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PERSISTENT: tl.constexpr,
+    SIGMOID: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """One tile per program, or all tiles dealt to a grid that fills the device once."""
     if PERSISTENT:
@@ -246,18 +270,18 @@ def block_flash_kernel(
             _row_tile(
                 tile, Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
                 stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-                rows, row_blocks, m, n, width, scale, softcap,
+                rows, row_blocks, m, n, width, scale, softcap, bias,
                 HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_E, CAUSAL, SOFTCAP,
-                PRECISION, UPCAST,
+                SIGMOID, PRECISION, UPCAST,
             )  # fmt: skip
     else:
         _row_tile(
             tl.program_id(0),
             Q, K, V, KD, VD, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT, SINK, OUT, LSE,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-            rows, row_blocks, m, n, width, scale, softcap,
+            rows, row_blocks, m, n, width, scale, softcap, bias,
             HQ, HKV, HEADS, PLAN_M, PLAN_N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_E, CAUSAL, SOFTCAP,
-            PRECISION, UPCAST,
+            SIGMOID, PRECISION, UPCAST,
         )  # fmt: skip
 
 
@@ -298,20 +322,22 @@ def block_flash_fwd(
     causal: bool = True,
     sink: Tensor | None = None,
     softcap: float | None = None,
+    bias: float | None = None,
     return_lse: bool = True,
     columns: Stripes | None = None,
     config: configs.BlockConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of q [B, Hq, M, D] over the blocks and columns of `plan`.
+    """Attention of q [B, Hq, M, D] over the blocks and columns of `plan`, with softmax or sigmoid weights.
 
     Args:
         k, v: [B, Hkv, N, D] and [B, Hkv, N, Dv], last stride 1.
         plan: heads 1, Hkv or Hq; batch 1 or B; block sizes multiples of 16.
         scale: > 0; default D ** -0.5.    causal: a query sees no later key (queries are the last M of N keys).
         sink: [Hq], a learned logit per query head.    softcap: before masks.
+        bias: of sigmoid weights, which have no lse and no sink; None: softmax weights.
         columns: the plan's columns where they are prepared already; else they are made from it, once per plan.
     Returns:
-        o [B, Hq, M, Dv] in q's dtype, lse [B, Hq, M] float32, natural log (None unless asked for);
+        o [B, Hq, M, Dv] in q's dtype, lse [B, Hq, M] float32, natural log (None unless asked for, and for sigmoid);
         o = 0 and lse = -inf for a query that reads nothing.
     Reads O(listed blocks x block_n + columns) keys per query block; nothing M x N is stored.
     """
@@ -322,11 +348,13 @@ def block_flash_fwd(
     runtime.check_floats(q=q, k=k, v=v)
     runtime.check_unit_stride(q=q, k=k, v=v)
     check_plan(plan, B, Hq, Hkv, M, N)
+    if bias is not None and sink is not None:
+        raise ShapeError("sink with a bias, allowed: one of them (sigmoid weights have no normaliser)")
     scale = D**-0.5 if scale is None else scale
     if scale <= 0:
         raise ShapeError(f"scale={scale}, allowed: > 0 (negate q instead)")
     out = torch.empty(B, Hq, M, DV, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, Hq, M, dtype=torch.float32, device=q.device) if return_lse else None
+    lse = torch.empty(B, Hq, M, dtype=torch.float32, device=q.device) if return_lse and bias is None else None
     if not out.numel():
         return out, lse
     config = config or configs.blocks(max(D, DV), q.element_size(), plan.block_m, N)
@@ -357,10 +385,12 @@ def block_flash_fwd(
         v.stride(0), v.stride(1), v.stride(2),
         tiles, rows, row_blocks, M, N, width,
         scale / softcap if softcap else scale * runtime.LOG2E, (softcap or 0.0) * runtime.LOG2E,
+        (bias or 0.0) * runtime.LOG2E,
         HQ=Hq, HKV=Hkv, HEADS=plan.heads, PLAN_M=plan.block_m, PLAN_N=plan.block_n,
         D=D, DV=DV, BLOCK_D=runtime.power_of_two(D, 16), BLOCK_DV=runtime.power_of_two(DV, 16),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_E=min(block_n, config.edge), CAUSAL=causal, SOFTCAP=bool(softcap),
-        PRECISION=runtime.dot_precision(q.dtype), UPCAST=runtime.upcast(q.dtype), PERSISTENT=config.persistent,
+        SIGMOID=bias is not None, PRECISION=runtime.dot_precision(q.dtype), UPCAST=runtime.upcast(q.dtype),
+        PERSISTENT=config.persistent,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers,
     )  # fmt: skip
     return out, lse

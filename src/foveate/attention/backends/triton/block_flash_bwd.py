@@ -3,6 +3,7 @@
     p[i, j] = exp(s[i, j] - lse[i]),  s = scale * q k (capped),  D[i] = sum(dO[i] * O[i]) - dlse[i]
     dS = p * (dO V^T - D) (times 1 - tanh^2 under a cap);  dQ = scale * dS K;  dK = scale * dS^T Q;  dV = p^T dO
     d sink = - sum over queries of exp(sink - lse) * D
+    sigmoid weights: p = sigmoid(s + bias),  dS = p * (1 - p) * dO V^T, with no lse and no D; the rest as above
 
 Scores are recomputed from the log-sum-exp. Every gradient is summed by one thread block in a fixed order, so there are
 no atomics and two runs agree bit for bit. The kernel of keys and values computes its scores transposed: a product's
@@ -17,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import configs, runtime
-from foveate.attention.backends.triton.block_flash import check_plan, first_of_tile, place, power_in, products
+from foveate.attention.backends.triton.block_flash import (
+    check_plan,
+    first_of_tile,
+    place,
+    power_in,
+    products,
+    sigmoid,
+)
 from foveate.attention.sparse_plan import ByKeys, SparsePlan
 from foveate.errors import PlanError
 
@@ -51,32 +59,37 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _weights(scores, lse, scale, SOFTCAP: tl.constexpr):
-    """exp(s - lse), from scores as `products` gives them; lse broadcasts over keys."""
-    if SOFTCAP:
+def _weights(scores, lse, scale, bias, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr):
+    """exp(s - lse) or sigmoid(s + bias), from scores as `products` gives them; lse broadcasts over keys."""
+    if SIGMOID:
+        return sigmoid(scores, scale, bias, SOFTCAP)
+    elif SOFTCAP:
         return tl.exp2(scores - lse)
     else:
         return tl.exp2(scores * scale - lse)
 
 
 @triton.jit
-def _score_gradient(p, dp, delta, scores, softcap, SOFTCAP: tl.constexpr):
-    ds = p * (dp - delta)
+def _score_gradient(p, dp, delta, scores, softcap, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr):
+    if SIGMOID:
+        ds = p * (1.0 - p) * dp
+    else:
+        ds = p * (dp - delta)
     if SOFTCAP:
         t = scores / softcap
         ds = ds * (1.0 - t * t)
     return ds
 
 
-@triton.jit(do_not_specialize=["rows", "row_blocks", "m", "n", "total", "scale", "softcap", "factor"])
+@triton.jit(do_not_specialize=["rows", "row_blocks", "m", "n", "total", "scale", "softcap", "bias", "factor"])
 def query_gradient_kernel(
     Q, K, V, DO, STATE, DQ, ROW_PTR, COL, N_FULL, ORDER,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    rows, row_blocks, m, n, total, scale, softcap, factor,
+    rows, row_blocks, m, n, total, scale, softcap, bias, factor,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SIGMOID: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles,), placed as in the forward kernel. total: queries of all heads, the length of STATE's rows."""
     row, b, h, first_query = place(tl.program_id(0), ORDER, rows, row_blocks, HQ, HKV, HEADS, PLAN_M, BLOCK_M)
@@ -90,8 +103,11 @@ def query_gradient_kernel(
     q_at = Q + b * stride_qb + h.to(tl.int64) * stride_qh + r.to(tl.int64)[:, None] * stride_qm + d[None, :]
     q = tl.load(q_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
     do = tl.load(DO + out_row[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0)
-    lse = tl.load(STATE + out_row, mask=live, other=float("inf"))
-    delta = tl.load(STATE + total + out_row, mask=live, other=0.0)
+    lse = tl.zeros([BLOCK_M], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if not SIGMOID:
+        lse = tl.load(STATE + out_row, mask=live, other=float("inf"))
+        delta = tl.load(STATE + total + out_row, mask=live, other=0.0)
     k_at = K + b * stride_kb + hkv * stride_kh
     v_at = V + b * stride_vb + hkv * stride_vh
     begin = tl.load(ROW_PTR + row)
@@ -109,9 +125,9 @@ def query_gradient_kernel(
         k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
         v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
         scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
-        p = _weights(scores, lse[:, None], scale, SOFTCAP)
+        p = _weights(scores, lse[:, None], scale, bias, SOFTCAP, SIGMOID)
         dp = products(do, v, 0.0, 0.0, False, PRECISION, UPCAST)
-        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP)
+        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP, SIGMOID)
         acc = _dot(ds, k, acc, PRECISION, UPCAST)
         start = first_of_tile(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
     start = first_of_tile(COL, full * SPLIT, count * SPLIT, PLAN_N, BLOCK_N)
@@ -126,9 +142,9 @@ def query_gradient_kernel(
         see = there[None, :]
         if CAUSAL:
             see = see & (slot[None, :] <= q_pos[:, None])
-        p = tl.where(see, _weights(scores, lse[:, None], scale, SOFTCAP), 0.0)
+        p = tl.where(see, _weights(scores, lse[:, None], scale, bias, SOFTCAP, SIGMOID), 0.0)
         dp = products(do, v, 0.0, 0.0, False, PRECISION, UPCAST)
-        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP)
+        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP, SIGMOID)
         acc = _dot(ds, k, acc, PRECISION, UPCAST)
         start = first_of_tile(COL, j + 1, count * SPLIT, PLAN_N, BLOCK_N)
     tl.store(
@@ -140,10 +156,10 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_tile(
-    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
+    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap, bias,
     MASKED: tl.constexpr, EVEN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from BLOCK_M queries; EVEN: no tile ends past the last query."""
     r = start + tl.arange(0, BLOCK_M)
@@ -151,37 +167,42 @@ def _key_tile(
     dv = tl.arange(0, BLOCK_DV)
     q_row = q_at + r.to(tl.int64)[:, None] * stride_qm + d[None, :]
     do_row = do_at + r.to(tl.int64)[:, None] * DV + dv[None, :]
+    lse = tl.zeros([BLOCK_M], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
     if EVEN:
         q = tl.load(q_row) if D == BLOCK_D else tl.load(q_row, mask=(d < D)[None, :], other=0.0)
         do = tl.load(do_row) if DV == BLOCK_DV else tl.load(do_row, mask=(dv < DV)[None, :], other=0.0)
-        lse = tl.load(lse_at + r)
-        delta = tl.load(delta_at + r)
+        if not SIGMOID:
+            lse = tl.load(lse_at + r)
+            delta = tl.load(delta_at + r)
     else:
+        # A query past the last one has dO = 0, so its weights add nothing whatever they are.
         live = r < m
         q = tl.load(q_row, mask=live[:, None] & (d < D)[None, :], other=0.0)
         do = tl.load(do_row, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
-        lse = tl.load(lse_at + r, mask=live, other=float("inf"))
-        delta = tl.load(delta_at + r, mask=live, other=0.0)
+        if not SIGMOID:
+            lse = tl.load(lse_at + r, mask=live, other=float("inf"))
+            delta = tl.load(delta_at + r, mask=live, other=0.0)
     scores = products(k, q, scale, softcap, SOFTCAP, PRECISION, UPCAST)
-    p = _weights(scores, lse[None, :], scale, SOFTCAP)
+    p = _weights(scores, lse[None, :], scale, bias, SOFTCAP, SIGMOID)
     if MASKED:
         p = tl.where(slot[:, None] <= (n - m + r)[None, :], p, 0.0)
     dv_acc = _dot(p, do, dv_acc, PRECISION, UPCAST)
     dp = products(v, do, 0.0, 0.0, False, PRECISION, UPCAST)
-    ds = _score_gradient(p, dp, delta[None, :], scores, softcap, SOFTCAP)
+    ds = _score_gradient(p, dp, delta[None, :], scores, softcap, SOFTCAP, SIGMOID)
     return _dot(ds, q, dk, PRECISION, UPCAST), dv_acc
 
 
-@triton.jit(do_not_specialize=["key_blocks", "m", "n", "total", "scale", "softcap", "factor"])
+@triton.jit(do_not_specialize=["key_blocks", "m", "n", "total", "scale", "softcap", "bias", "factor"])
 def key_gradient_kernel(
     Q, K, V, DO, STATE, DK, DV_OUT, PTR, ROW, N_MASKED, ORDER,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    key_blocks, m, n, total, scale, softcap, factor,
+    key_blocks, m, n, total, scale, softcap, bias, factor,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, BATCHED: tl.constexpr, PLAN_M: tl.constexpr,
     PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SIGMOID: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of key blocks, key blocks, KV heads, sequences, in one number); a KV head's query heads in turn.
 
@@ -226,21 +247,24 @@ def key_gradient_kernel(
         rows = ROW + begin
         q_at = Q + b * stride_qb + h * stride_qh
         do_at = DO + (b * HQ + h) * m * DV
-        lse_at = STATE + (b * HQ + h) * m
-        delta_at = lse_at + total
+        lse_at = STATE
+        delta_at = STATE
+        if not SIGMOID:
+            lse_at += (b * HQ + h) * m
+            delta_at = lse_at + total
         if CAUSAL:
             start = first_of_tile(rows, 0, masked, PLAN_M, BLOCK_M)
             for j in range(0, masked):
                 dk, dv_acc = _key_tile(
-                    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
-                    True, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, PRECISION, UPCAST,
+                    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap, bias,
+                    True, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, SIGMOID, PRECISION, UPCAST,
                 )  # fmt: skip
                 start = first_of_tile(rows, j + 1, masked, PLAN_M, BLOCK_M)
         start = first_of_tile(rows, masked, count, PLAN_M, BLOCK_M)
         for j in range(masked, count):
             dk, dv_acc = _key_tile(
-                start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
-                False, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, PRECISION, UPCAST,
+                start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap, bias,
+                False, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, SIGMOID, PRECISION, UPCAST,
             )  # fmt: skip
             start = first_of_tile(rows, j + 1, count, PLAN_M, BLOCK_M)
     out_row = head.to(tl.int64) * n + slot
@@ -256,27 +280,43 @@ def key_gradient_kernel(
     )
 
 
+def _state(do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor) -> Tensor:
+    """`delta_kernel`'s STATE as [2, B, Hq, M]."""
+    total, DV = lse.numel(), o.shape[3]
+    state = torch.empty(2, *lse.shape, dtype=torch.float32, device=o.device)
+    block_dv = runtime.power_of_two(DV, 16)
+    rows_at_once = max(1, 8192 // block_dv)
+    if total:
+        delta_kernel[(triton.cdiv(total, rows_at_once),)](
+            o.contiguous(), do, lse.contiguous(), None if dlse is None else dlse.contiguous(), state, total,
+            DV=DV, BLOCK_DV=block_dv, BLOCK=rows_at_once, num_warps=4,
+        )  # fmt: skip
+    return state
+
+
 def block_flash_bwd(
     do: Tensor,
     dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
+    o: Tensor | None,
+    lse: Tensor | None,
     plan: SparsePlan,
     *,
     scale: float | None = None,
     causal: bool = True,
     softcap: float | None = None,
+    bias: float | None = None,
     lists: ByKeys | None = None,
     config: tuple[configs.BackwardConfig, configs.BackwardConfig] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `block_flash_fwd` at its inputs and results, for gradients `do` of o and `dlse` of lse.
 
-    The plan may have no columns; lists: its transposed lists where they are made already.
+    The plan may have no columns; lists: its transposed lists where they are made already. With a bias (sigmoid weights)
+    dlse, o and lse are not read, and may be None.
     Returns dq, dk, dv (contiguous, in their inputs' dtypes) and D [B, Hq, M] float32, from which a sink's gradient
-    follows.
+    follows (None with a bias).
     """
     B, Hq, M, D = q.shape
     _, Hkv, N, DV = v.shape
@@ -284,27 +324,29 @@ def block_flash_bwd(
     if plan.columns is not None:
         raise PlanError("block_flash_bwd reads plans of blocks; a plan with columns has no gradients here")
     scale = D**-0.5 if scale is None else scale
-    do, o, lse = do.contiguous(), o.contiguous(), lse.contiguous()
+    do = do.contiguous()
     dq = torch.empty(B, Hq, M, D, dtype=q.dtype, device=q.device)
     dk = torch.empty(B, Hkv, N, D, dtype=k.dtype, device=k.device)
     dv = torch.empty(B, Hkv, N, DV, dtype=v.dtype, device=v.device)
-    state = torch.empty(2, B, Hq, M, dtype=torch.float32, device=q.device)
     by_query, by_key = config or configs.backward(max(D, DV), q.element_size())
     block_d, block_dv = runtime.power_of_two(D, 16), runtime.power_of_two(DV, 16)
     total = B * Hq * M
+    state = None
+    if bias is None:
+        assert o is not None
+        assert lse is not None
+        state = _state(do, dlse, o, lse)
     if not total:
-        return dq, dk.zero_(), dv.zero_(), state[1]
-    rows_at_once = max(1, 8192 // block_dv)
-    delta_kernel[(triton.cdiv(total, rows_at_once),)](
-        o, do, lse, None if dlse is None else dlse.contiguous(), state, total,
-        DV=DV, BLOCK_DV=block_dv, BLOCK=rows_at_once, num_warps=4,
-    )  # fmt: skip
+        return dq, dk.zero_(), dv.zero_(), None if state is None else state[1]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    factors = (scale / softcap if softcap else scale * runtime.LOG2E, (softcap or 0.0) * runtime.LOG2E, scale)
+    factors = (
+        scale / softcap if softcap else scale * runtime.LOG2E, (softcap or 0.0) * runtime.LOG2E,
+        (bias or 0.0) * runtime.LOG2E, scale,
+    )  # fmt: skip
     shape = {
         "HQ": Hq, "HKV": Hkv, "HEADS": plan.heads, "PLAN_M": plan.block_m, "PLAN_N": plan.block_n,
         "D": D, "DV": DV, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "CAUSAL": causal, "SOFTCAP": bool(softcap),
-        "PRECISION": runtime.dot_precision(q.dtype), "UPCAST": runtime.upcast(q.dtype),
+        "SIGMOID": bias is not None, "PRECISION": runtime.dot_precision(q.dtype), "UPCAST": runtime.upcast(q.dtype),
     }  # fmt: skip
     most_m, most_n = power_in(plan.block_m), power_in(plan.block_n)
     block_m, block_n = min(most_m, by_query.block_m), min(most_n, by_query.block_n)
@@ -321,4 +363,4 @@ def block_flash_bwd(
         BATCHED=plan.batch > 1, EVEN=M % plan.block_m == 0, BLOCK_M=block_m, BLOCK_N=block_n, **shape,
         num_warps=by_key.num_warps, num_stages=by_key.num_stages,
     )  # fmt: skip
-    return dq, dk, dv, state[1]
+    return dq, dk, dv, None if state is None else state[1]

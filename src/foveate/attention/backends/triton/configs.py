@@ -54,7 +54,8 @@ def decode(listed: bool, length: int, head_dim: int, itemsize: int) -> DecodeCon
 class TopkConfig:
     """Of `topk_select`: a row is cut into chunks, each read up to `block` scores at a time.
 
-    per_sm: chunks of all rows wanted on each multiprocessor.
+    per_sm: chunks of all rows wanted on each multiprocessor. width, late_warps: the fewest kept scores that the second
+    and third launch read at a time, and the fewest warps that do it, 128 scores or more to each.
     """
 
     block: int
@@ -62,11 +63,16 @@ class TopkConfig:
     most_chunks: int
     least_block: int = 512
     per_sm: int = 2
+    width: int = 512
+    late_warps: int = 4
 
 
-# 2048 of 8 x 131072 float32: the fastest correct one of `benchmarks/gpu_attention2.py --only topk` on one H200,
-# 2026-11-24 (Triton 3.6.0).
-TOPK = TopkConfig(block=4096, num_warps=8, most_chunks=32)
+# The fastest exact ones of `benchmarks/gpu_topk.py` on one H200, 2026-11-24 (Triton 3.6.0): 23.7 us for 2048 of 131072
+# float32 scores in 8 rows. Two thread blocks to a multiprocessor, but rows of up to `TOPK_LONG` scores in at most 32
+# chunks, longer ones in 64: every thread block reads the counts of all chunks of its row.
+TOPK = TopkConfig(block=4096, num_warps=8, most_chunks=32, width=1024)
+TOPK_OF_LONG = TopkConfig(block=4096, num_warps=8, most_chunks=64)
+TOPK_LONG = 262144
 # Rows up to this long are selected by one thread block that holds them in registers: chunks win from 2048 on there.
 TOPK_SINGLE = 1024
 

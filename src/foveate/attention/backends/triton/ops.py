@@ -1,7 +1,7 @@
 """The attention kernels as operators of torch (`torch.ops.foveate.*`): one node each for torch.compile and export, with
 shapes without data, and with gradients where there are some.
 
-    block_flash     o, lse     gradients of q, k, v and sink
+    block_flash     o, lse     gradients of q, k, v and sink; with a bias sigmoid weights, and an lse of no entries
     gather_decode   o, lse     none: a backward pass raises
     topk            positions  not differentiable
     merge           o, lse     gradients of both
@@ -48,7 +48,14 @@ def _like_attention(q: Tensor, width: int | torch.SymInt) -> tuple[Tensor, Tenso
     return q.new_empty(*q.shape[:3], width), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@_operator(lambda q, k, v, *rest, **named: _like_attention(q, v.shape[3]))
+def _like_block_flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any, bias: float | None = None) -> tuple[Tensor, Tensor]:
+    # `bias` is the last argument, by place where the schema's default does not stand.
+    o, lse = _like_attention(q, v.shape[3])
+    softmax = bias is None and all(each is None for each in rest[20:])
+    return o, lse if softmax else lse[:, :, :0].contiguous()
+
+
+@_operator(_like_block_flash)
 def _block_flash(
     q: Tensor,
     k: Tensor,
@@ -73,6 +80,7 @@ def _block_flash(
     scale: float,
     causal: bool,
     softcap: float | None,
+    bias: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     columns = None
     if column is not None:
@@ -82,17 +90,18 @@ def _block_flash(
         columns = Stripes(column, bits, free, cut)
     plan = SparsePlan(row_ptr, col, n_full, order, batch, heads, q.shape[2], k.shape[2], block_m, block_n)
     o, lse = forward.block_flash_fwd(
-        q, k, v, plan, scale=scale, causal=causal, sink=sink, softcap=softcap, columns=columns
+        q, k, v, plan, scale=scale, causal=causal, sink=sink, softcap=softcap, bias=bias, columns=columns
     )
-    assert lse is not None
+    if lse is None:
+        lse = q.new_empty(*q.shape[:2], 0, dtype=torch.float32)
     return o, lse
 
 
 def _like_inputs(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(q.shape[:3], dtype=torch.float32)
+    return dq, dk, dv, lse.new_empty(lse.shape)
 
 
 @_operator(_like_inputs)
@@ -119,6 +128,7 @@ def _block_flash_gradients(
     scale: float,
     causal: bool,
     softcap: float | None,
+    bias: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lists = None
     if key_ptr is not None:
@@ -127,9 +137,10 @@ def _block_flash_gradients(
         assert key_order is not None
         lists = ByKeys(key_ptr, key_row, key_masked, key_order)
     plan = SparsePlan(row_ptr, col, n_full, order, batch, heads, q.shape[2], k.shape[2], block_m, block_n)
-    return backward.block_flash_bwd(
-        do, dlse, q, k, v, o, lse, plan, scale=scale, causal=causal, softcap=softcap, lists=lists
+    dq, dk, dv, delta = backward.block_flash_bwd(
+        do, dlse, q, k, v, o, lse, plan, scale=scale, causal=causal, softcap=softcap, bias=bias, lists=lists
     )
+    return dq, dk, dv, torch.empty_like(lse) if delta is None else delta
 
 
 def _save_block_flash(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -150,7 +161,7 @@ def _block_flash_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | 
         lse = given[4]
         share = torch.exp(sink.float()[None, :, None] - lse)
         d_sink = -(share * delta).sum((0, 2)).to(sink.dtype)
-    return (dq, dk, dv, *[None] * 12, d_sink, *[None] * 7)
+    return (dq, dk, dv, *[None] * 12, d_sink, *[None] * 8)
 
 
 torch.library.register_autograd(
@@ -168,8 +179,9 @@ def block_flash(
     causal: bool = True,
     sink: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`block_flash_fwd` as an operator with gradients: o [B, Hq, M, Dv] and lse [B, Hq, M] float32.
+    bias: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`block_flash_fwd` as an operator with gradients: o [B, Hq, M, Dv] and lse [B, Hq, M] float32 (None with a bias).
 
     A plan with columns has no gradients: PlanError where one is asked for.
     """
@@ -188,9 +200,9 @@ def block_flash(
     o, lse = _block_flash(
         q, k, v, plan.row_ptr, plan.col, plan.n_full, plan.order, *columns, *lists, sink,
         plan.batch, plan.heads, plan.block_m, plan.block_n,
-        q.shape[-1] ** -0.5 if scale is None else scale, causal, softcap,
+        q.shape[-1] ** -0.5 if scale is None else scale, causal, softcap, bias,
     )  # fmt: skip
-    return o, lse
+    return o, lse if bias is None else None
 
 
 @_operator(lambda q, k, v, *rest, **named: _like_attention(q, v.shape[-1]))

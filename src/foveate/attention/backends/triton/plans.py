@@ -1,6 +1,7 @@
 """The Triton backend: a few queries over all or listed keys by `gather_decode`, block plans by `block_flash`.
 
-Block plans have gradients, the others none here.
+Block plans have gradients, the others none here. With sigmoid weights, for which torch has no fused attention, dense
+prompts are block plans too, and few queries are left to torch.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from foveate.attention.call import Call
 from foveate.attention.plan import Blocks, Dense, Plan, Tokens, VerticalSlash, Window
-from foveate.attention.sparse_plan import SparsePlan, made_once
+from foveate.attention.sparse_plan import SparsePlan, csr_from_mask, made_once
 
 MAX_QUERIES = 16
 MAX_WIDTH = 256
+# Queries and keys of a block where a dense prompt is a plan of blocks.
+DENSE_BLOCK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,13 +30,18 @@ def why_not(call: Call) -> str | None:
         return f"the kernels read float32, bfloat16 and float16, not {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"the kernels hold heads of at most {MAX_WIDTH} features, not {max(q.shape[-1], v.shape[-1])}"
-    if _learns(call) and not isinstance(call.plan, Blocks):
+    if _learns(call) and not isinstance(call.plan, Blocks) and not _dense_prompt(call):
         return f"the kernels have no gradients for {type(call.plan).__name__} plans"
     if k.stride(-1) != 1 or v.stride(-1) != 1 or call.m > call.n:
         return "keys and values need a unit last stride, and queries must not outnumber them"
-    if isinstance(call.plan, Blocks | VerticalSlash):
+    if isinstance(call.plan, Blocks | VerticalSlash) or _dense_prompt(call):
         return _why_not_blocks(call, call.plan)
     return _why_not_decode(call)
+
+
+def _dense_prompt(call: Call) -> bool:
+    """Whether all keys are read as a plan of blocks."""
+    return call.bias is not None and isinstance(call.plan, Dense) and call.m > MAX_QUERIES
 
 
 def _learns(call: Call) -> bool:
@@ -48,6 +56,8 @@ def _tensor_cores(index: int | None) -> bool:
 
 def _why_not_decode(call: Call) -> str | None:
     plan = call.plan
+    if call.bias is not None:
+        return "few queries and token lists are weighed by softmax here; sigmoid weights need a prompt or a block plan"
     if not isinstance(plan, Dense | Tokens | Window):
         return f"there is no kernel for {type(plan).__name__} plans"
     if call.m > MAX_QUERIES:
@@ -77,6 +87,8 @@ def _why_not_blocks(call: Call, plan: Plan) -> str | None:
         if call.m != call.n or plan.vertical.shape[:2] != plan.slash.shape[:2]:
             return "vertical-slash plans need M = N, and as many heads of columns as of diagonals"
         sizes, block_sizes = (plan.slash.shape[0], plan.slash.shape[1]), (plan.block, plan.block)
+    elif isinstance(plan, Dense):
+        return None
     else:
         assert isinstance(plan, Blocks)
         sizes, block_sizes = (plan.batch, plan.heads), (plan.block_m, plan.block_n)
@@ -93,20 +105,37 @@ def _why_not_blocks(call: Call, plan: Plan) -> str | None:
 def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     """o [B, Hq, M, Dv] in q's dtype; lse [B, Hq, M] float32 when asked for."""
     q = call.q if call.q.stride(-1) == 1 else call.q.contiguous()
+    plan = None
     if isinstance(call.plan, Blocks | VerticalSlash):
-        from foveate.attention.backends.triton import ops
+        plan = lowered(call.plan, call.m, call.n)
+    elif _dense_prompt(call):
+        plan = every_block(call.m, call.n, call.causal, q.device)
+    if plan is None:
+        return _decode(call, q)
+    from foveate.attention.backends.triton import ops
 
-        return ops.block_flash(
-            q,
-            call.k,
-            call.v,
-            lowered(call.plan, call.m, call.n),
-            scale=call.scale,
-            causal=call.causal,
-            sink=call.sink,
-            softcap=call.softcap,
-        )
-    return _decode(call, q)
+    return ops.block_flash(
+        q,
+        call.k,
+        call.v,
+        plan,
+        scale=call.scale,
+        causal=call.causal,
+        sink=call.sink,
+        softcap=call.softcap,
+        bias=call.bias,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def every_block(m: int, n: int, causal: bool, device: torch.device) -> SparsePlan:
+    """All blocks of DENSE_BLOCK keys that a block of as many queries sees, the queries being the last M of N keys."""
+    # Kept over calls, so that it must serve training even where inference made it.
+    with torch.inference_mode(False):
+        first = torch.arange(0, n, DENSE_BLOCK, device=device)
+        last = (torch.arange(0, m, DENSE_BLOCK, device=device) + DENSE_BLOCK).clamp(max=m) - 1 + (n - m)
+        seen = first <= (last[:, None] if causal else last[-1:, None].expand(last.numel(), 1))
+        return csr_from_mask(seen[None, None], m=m, n=n, block_m=DENSE_BLOCK, block_n=DENSE_BLOCK)
 
 
 def lowered(plan: Blocks | VerticalSlash, m: int, n: int) -> SparsePlan:

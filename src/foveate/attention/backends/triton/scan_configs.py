@@ -96,7 +96,7 @@ class DeltaConfig:
 
 
 # Head width -> configuration, forward and with gradients alike. 128: the fastest correct one of
-# `benchmarks/gpu_scans.py` on one H200, 2026-11-24 (Triton 3.6.0, bfloat16). 64 and 256: found correct there, not tuned.
+# `benchmarks/gpu_scans.py` on one H200, 2026-11-24 (Triton 3.6.0, bfloat16). 64 and 256: correct there, not tuned.
 DELTA: dict[int, DeltaConfig] = {
     64: DeltaConfig(64, 64, 4, 2),
     128: DeltaConfig(64, 128, 8, 2, prepare_registers=168, per_sm=1, solve="bf16"),

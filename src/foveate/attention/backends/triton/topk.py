@@ -1,14 +1,20 @@
 """The k largest scores of each row, as ascending positions; equal scores go to the lowest position. Exact.
 
-Scores become unsigned integers of the same order. Two histograms of 8 bits find the threshold's high 16 bits. Those of
-float32 scores that share them, some hundreds, are listed, and every thread block finds the rest of the threshold from
-that list alone; a last pass writes the positions of all larger scores and of the first equal ones. A row is cut into
-chunks, one thread block each, which meet only between launches: no atomics and no waiting, so the result is the same in
-every run. 16-bit scores take 3 launches, float32 4. Each launch reads its scores while the one before it ends. Short
+Scores become integers of the same order. A row is cut into chunks, one thread block each, which meet only between
+three launches: no atomics and no waiting, so the result is the same in every run.
+
+1. A sample of the row gives a lower bound of the k-th largest score, and 254 bins above it (`topk_bins`). Scores at or
+   above the bound, some 9 % of a row where k is 2 % of it, are kept with their positions and counted by bin. Those
+   below make two bins more, parted by the sample's lowest score, which may be what masks entries.
+2. The counts tell the bin of the k-th largest score; those kept in it, some tens, are listed.
+3. Every thread block finds the threshold from that list alone and writes the positions of what it kept above it, and
+   of the first equal scores.
+
+The sample decides the time, never the result: where fewer than k scores were kept, the second launch keeps all. Time
+grows with the list, which every thread block of a row reads; scores that are all equal there do not cost more. Short
 rows are done by one thread block each in one launch.
 
-Time grows where very many scores of a row share their high 16 bits and yet differ; scores that are all equal there do
-not cost more. Safe in a CUDA graph. NaN counts as the lowest score, and -0 equals +0.
+Safe in a CUDA graph. NaN counts as the lowest score, and -0 equals +0. Memory: 12 bytes per score.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import configs, runtime
+from foveate.attention.backends.triton.topk_bins import LOWEST, bin_of, bounds, ordered
 from foveate.attention.backends.triton.topk_keys import choose, digit_of, digits_above, keys
 from foveate.errors import ShapeError
 
@@ -31,25 +38,10 @@ def _row_length(LENGTH, row, n):
 
 
 @triton.jit
-def _totals(TABLE, row, c, chunks, CHUNKS: tl.constexpr):
-    """Counts per digit of a row's chunks, and of the chunks before c: both [256]."""
-    digit = tl.arange(0, 256)
-    table = TABLE + row.to(tl.int64) * chunks * 256
-    total = tl.zeros([256], tl.int32)
-    before = tl.zeros([256], tl.int32)
-    # Unrolled, so that all loads are in flight together.
-    for each in tl.static_range(CHUNKS):
-        counts = tl.load(table + each * 256 + digit, mask=(digit >= 0) & (each < chunks), other=0)
-        total += counts
-        before += tl.where(each < c, counts, 0)
-    return total, before
-
-
-@triton.jit
 def _wait(PDL: tl.constexpr):
-    """Wait for the launch before this one, and let the next one be set up meanwhile.
+    """Wait until the launch before this one has ended, and only then let the next one be set up.
 
-    What was there before the first launch may be read without waiting.
+    So no thread block reads or writes anything before all that went before is done.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -57,227 +49,253 @@ def _wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(scores, at, hi, BITS: tl.constexpr):
-    return keys(tl.load(scores + at, mask=at < hi, other=0.0), BITS)
+def _keep(kept, o, at, mask):
+    """One number of 64 bits each: the score's order above, its position below."""
+    tl.store(kept, (o.to(tl.int64) << 32) | at.to(tl.int64), mask=mask)
 
 
 @triton.jit
-def _count(key, inside, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    same = inside & (digits_above(key, SHIFT, BITS) == prefix)
-    return tl.histogram(digit_of(key, SHIFT), 256, mask=same)
+def _load_kept(kept, mask):
+    both = tl.load(kept, mask=mask, other=0)
+    return (both >> 32).to(tl.int32), both.to(tl.int32)
+
+
+@triton.jit
+def _count_bins(kept, many, near, start, shift, WIDTH: tl.constexpr):
+    counts = tl.zeros([256], tl.int32)
+    for first in range(0, many, WIDTH):
+        at = first + tl.arange(0, WIDTH)
+        o, _at = _load_kept(kept + at, at < many)
+        counts += tl.histogram(bin_of(o, near, start, shift), 256, mask=at < many)
+    return counts
 
 
 @triton.jit(do_not_specialize=["n", "k", "chunks", "chunk"])
-def histogram_kernel(
-    SCORES, LENGTH, LAST, TABLE, STATE, BEFORE,
+def sift_kernel(
+    SCORES, LENGTH, KEPT, COUNT, TABLE, STATE,
     stride, n, k, chunks, chunk,
-    STEP: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """TABLE [rows, chunks, 256]: counts of digit STEP among scores that share the threshold's digit before it.
+    """KEPT [rows, chunks, chunk]: a chunk's scores at or above the row's bound, in order of position; COUNT of them.
 
-    Grid (chunks, rows). Step 1 takes that digit from LAST, the table of step 0, and writes STATE [rows, 8] (digits so
-    far, how many more are needed) and BEFORE [rows, chunks], how many scores of earlier chunks lie above.
+    Grid (chunks, rows). TABLE [rows, chunks, 256] counts them by bin. STATE [rows, 0:5]: what `bounds` returns.
     """
     c, row = tl.program_id(0), tl.program_id(1)
-    SHIFT: tl.constexpr = BITS - 8 - 8 * STEP
+    _wait(PDL)
     n = _row_length(LENGTH, row, n)
     lo = c * chunk
     hi = tl.minimum(lo + chunk, n)
     scores = SCORES + row.to(tl.int64) * stride
     at = lo + tl.arange(0, BLOCK)
-    if ONE:
-        key = _load_keys(scores, at, hi, BITS)
-    _wait(PDL)
-    prefix = tl.full([], 0, tl.int32)
-    if STEP > 0:
-        total, before = _totals(LAST, row, c, chunks, CHUNKS)
-        prefix, above = choose(total, tl.minimum(k, n))
-        tl.store(BEFORE + row * chunks + c, tl.sum(tl.where(tl.arange(0, 256) > prefix, before, 0), 0))
-        if c == 0:
-            tl.store(STATE + row * 8, prefix)
-            tl.store(STATE + row * 8 + 1, tl.minimum(k, n) - above)
-    if ONE:
-        counts = _count(key, at < hi, prefix, SHIFT, BITS)
-    else:
-        counts = tl.zeros([256], tl.int32)
-        for start in range(lo, hi, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            counts += _count(_load_keys(scores, at, hi, BITS), at < hi, prefix, SHIFT, BITS)
-    tl.store(TABLE + (row.to(tl.int64) * chunks + c) * 256 + tl.arange(0, 256), counts)
+    # In flight while the bounds are found.
+    x = tl.load(scores + at, mask=at < hi, other=0.0)
+    bound, lowest, near, start, shift = bounds(scores, n, k)
+    place = row.to(tl.int64) * chunks + c
+    kept = KEPT + place * chunk
+    many = tl.full([], 0, tl.int32)
+    between = tl.full([], 0, tl.int32)
+    for first in range(lo, hi, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        following = tl.load(scores + at + BLOCK, mask=at + BLOCK < hi, other=0.0)
+        o = ordered(x)
+        inside = (at < hi) & (o >= bound)
+        # Two counts in one sum: a block is shorter than 2^15.
+        below = (at < hi) & (o < bound) & (o > lowest)
+        both = tl.sum(inside.to(tl.int32) | (below.to(tl.int32) << 16), 0)
+        ranks = tl.cumsum(inside.to(tl.int32), 0)
+        _keep(kept + many + ranks - 1, o, at, inside)
+        many += both & 0xFFFF
+        between += both >> 16
+        x = following
+    tl.debug_barrier()
+    counts = _count_bins(kept, many, near, start, shift, WIDTH)
+    digit = tl.arange(0, 256)
+    rest = tl.maximum(hi - lo, 0) - many - between
+    counts = tl.where(digit == 254, between, tl.where(digit == 255, rest, counts))
+    tl.store(TABLE + place * 256 + digit, counts)
+    tl.store(COUNT + place, many)
+    if c == 0:
+        tl.store(STATE + row * 8, bound)
+        tl.store(STATE + row * 8 + 1, lowest)
+        tl.store(STATE + row * 8 + 2, near.to(tl.int32, bitcast=True))
+        tl.store(STATE + row * 8 + 3, start)
+        tl.store(STATE + row * 8 + 4, shift)
 
 
 @triton.jit
-def _second_digit(TABLE, STATE, BEFORE, row, c, chunks, CHUNKS: tl.constexpr):
-    """The threshold's first 16 bits; how many scores that have them are needed; how many have them; and in the chunks
-    before c, how many lie above and how many have them."""
-    total, before = _totals(TABLE, row, c, chunks, CHUNKS)
-    need = tl.load(STATE + row * 8 + 1)
-    chosen, above = choose(total, need)
-    digit = tl.arange(0, 256)
-    larger = tl.load(BEFORE + row * chunks + c) + tl.sum(tl.where(digit > chosen, before, 0), 0)
-    equal = tl.sum(tl.where(digit == chosen, before, 0), 0)
-    count = tl.sum(tl.where(digit == chosen, total, 0), 0)
-    return (tl.load(STATE + row * 8) << 8) | chosen, need - above, count, larger, equal
+def _threshold_bin(TABLE, row, c, chunks, need, GROUP: tl.constexpr):
+    """The bin of the need-th largest; how many lie in larger scores' bins and how many in it; and the same two of the
+    chunks before c."""
+    table = TABLE + row.to(tl.int64) * chunks * 256 + tl.arange(0, 256)
+    total = tl.zeros([256], tl.int32)
+    before = tl.zeros([256], tl.int32)
+    for first in range(0, chunks, GROUP):
+        # Unrolled, so that all loads are in flight together.
+        for each in tl.static_range(GROUP):
+            inside = (tl.arange(0, 256) >= 0) & (first + each < chunks)
+            counts = tl.load(table + (first + each) * 256, mask=inside, other=0).to(tl.int32)
+            total += counts
+            before += tl.where(first + each < c, counts, 0)
+    upto = tl.cumsum(total, 0)
+    larger = upto < need
+    here = (upto >= need) & (upto - total < need)
+    # Two counts in one sum.
+    both = (total.to(tl.int64) << 32) | before.to(tl.int64)
+    above = tl.sum(tl.where(larger, both, 0), 0)
+    within = tl.sum(tl.where(here, both, 0), 0)
+    chosen = tl.sum(larger.to(tl.int32), 0)
+    return chosen, (above >> 32).to(tl.int32), (within >> 32).to(tl.int32), above.to(tl.int32), within.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["room", "n", "chunks", "chunk"])
+@triton.jit(do_not_specialize=["room", "n", "k", "chunks", "chunk"])
 def candidates_kernel(
-    SCORES, LENGTH, TABLE, STATE, BEFORE, OFFERS, LIST,
-    stride, room, n, chunks, chunk,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+    SCORES, LENGTH, KEPT, COUNT, TABLE, STATE, OFFERS, LIST,
+    stride, room, n, k, chunks, chunk,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """LIST [rows, n]: the low 16 bits of float32 scores that share the threshold's high ones, in order of position.
+    """LIST [rows, n]: the scores kept in the threshold's bin, as ordered integers, in order of position.
 
-    Grid (chunks, rows). OFFERS [4, rows, chunks]: of each chunk, scores above and listed in the chunks before it, and
-    the smallest and largest of what it listed. STATE [rows, 2:5]: the high bits, how many are needed of those listed,
-    how many are listed.
+    Grid (chunks, rows). OFFERS [5, rows, chunks]: of each chunk, scores above and listed in the chunks before it, the
+    smallest and the largest of what it listed, how many it kept. STATE [rows, 5:7]: how many are needed of those
+    listed, how many are listed.
     """
     c, row = tl.program_id(0), tl.program_id(1)
-    n = _row_length(LENGTH, row, n)
-    lo = c * chunk
-    hi = tl.minimum(lo + chunk, n)
-    scores = SCORES + row.to(tl.int64) * stride
-    at = lo + tl.arange(0, BLOCK)
-    if ONE:
-        key = _load_keys(scores, at, hi, 32)
     _wait(PDL)
-    prefix, need, count, larger, equal = _second_digit(TABLE, STATE, BEFORE, row, c, chunks, CHUNKS)
-    LIST += row.to(tl.int64) * room
-    least = tl.full([], 65536, tl.int32)
-    most = tl.full([], -1, tl.int32)
-    listed = equal
-    if ONE:
-        listed, least, most = _list(LIST, key, at < hi, prefix, listed, least, most)
-    else:
-        for start in range(lo, hi, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            listed, least, most = _list(
-                LIST, _load_keys(scores, at, hi, 32), at < hi, prefix, listed, least, most
-            )  # fmt: skip
+    n = _row_length(LENGTH, row, n)
+    place = row.to(tl.int64) * chunks + c
+    many = tl.load(COUNT + place)
+    bound = tl.load(STATE + row * 8)
+    lowest = tl.load(STATE + row * 8 + 1)
+    near = tl.load(STATE + row * 8 + 2).to(tl.float32, bitcast=True)
+    start = tl.load(STATE + row * 8 + 3)
+    shift = tl.load(STATE + row * 8 + 4)
+    need = tl.minimum(k, n)
+    chosen, above, count, larger, listed = _threshold_bin(TABLE, row, c, chunks, need, GROUP)
+    kept = KEPT + place * chunk
+    if chosen > 253:
+        # The bound was too high: keep all.
+        lo = tl.minimum(c * chunk, n)
+        many = tl.minimum(chunk, n - lo)
+        scores = SCORES + row.to(tl.int64) * stride
+        for first in range(0, many, WIDTH):
+            at = first + tl.arange(0, WIDTH)
+            o = ordered(tl.load(scores + lo + at, mask=at < many, other=0.0))
+            _keep(kept + at, o, lo + at, at < many)
+        tl.debug_barrier()
     size = tl.num_programs(1) * chunks
-    offer = OFFERS + row * chunks + c
+    offer = OFFERS + place
     tl.store(offer, larger)
-    tl.store(offer + size, equal)
+    tl.store(offer + size, listed)
+    LIST += row.to(tl.int64) * room
+    least = tl.full([], 2147483647, tl.int32)
+    most = tl.full([], LOWEST, tl.int32)
+    for first in range(0, many, WIDTH):
+        at = first + tl.arange(0, WIDTH)
+        o, _at = _load_kept(kept + at, at < many)
+        of_bin = tl.where(o < bound, tl.where(o > lowest, 254, 255), bin_of(o, near, start, shift))
+        same = (at < many) & (of_bin == chosen)
+        ranks = tl.cumsum(same.to(tl.int32), 0)
+        tl.store(LIST + listed + ranks - 1, o, mask=same)
+        least = tl.minimum(least, tl.min(tl.where(same, o, 2147483647), 0))
+        most = tl.maximum(most, tl.max(tl.where(same, o, LOWEST), 0))
+        if first + WIDTH < many:
+            listed += tl.sum(same.to(tl.int32), 0)
     tl.store(offer + 2 * size, least)
     tl.store(offer + 3 * size, most)
+    tl.store(offer + 4 * size, many)
     if c == 0:
-        # What the step before wrote stays: other chunks may still read it.
-        tl.store(STATE + row * 8 + 2, prefix)
-        tl.store(STATE + row * 8 + 3, need)
-        tl.store(STATE + row * 8 + 4, count)
+        # What the launch before wrote stays: other chunks may still read it.
+        tl.store(STATE + row * 8 + 5, need - above)
+        tl.store(STATE + row * 8 + 6, count)
 
 
 @triton.jit
-def _list(LIST, key, inside, prefix, listed, least, most):
-    same = inside & (((key >> 16) & 0xFFFF) == prefix)
-    low = key & 0xFFFF
-    ranks = tl.cumsum(same.to(tl.int32), 0)
-    tl.store(LIST + listed + ranks - 1, low, mask=same)
-    least = tl.minimum(least, tl.min(tl.where(same, low, 65536), 0))
-    most = tl.maximum(most, tl.max(tl.where(same, low, -1), 0))
-    return listed + tl.sum(same.to(tl.int32), 0), least, most
-
-
-@triton.jit
-def _list_threshold(LIST, count, need, BLOCK: tl.constexpr):
-    """The need-th largest of `count` listed numbers of 16 bits, and how many equal to it are needed."""
-    threshold = tl.full([], 0, tl.int32)
-    for step in tl.static_range(2):
+def _list_threshold(LIST, count, need, least, most, BLOCK: tl.constexpr):
+    """The need-th largest of `count` listed numbers from least to most, and how many equal to it are needed."""
+    span = (most - least).to(tl.uint32, bitcast=True)
+    steps = (span > 0).to(tl.int32) + (span > 0xFF).to(tl.int32)
+    steps += (span > 0xFFFF).to(tl.int32) + (span > 0xFFFFFF).to(tl.int32)
+    threshold = least
+    for step in range(0, steps):
+        shift = 8 * (steps - 1 - step)
         counts = tl.zeros([256], tl.int32)
-        for start in range(0, count, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            low = tl.load(LIST + at, mask=at < count, other=0)
-            counts += _count(low, at < count, threshold, 8 - 8 * step, 16)
+        for first in range(0, count, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            o = tl.load(LIST + at, mask=at < count, other=0)
+            # Where o lies below the threshold so far, this wraps to more than 255.
+            digit = (o - threshold).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+            counts += tl.histogram((digit & 255).to(tl.int32), 256, mask=(at < count) & (digit < 256))
         chosen, above = choose(counts, need)
-        threshold = (threshold << 8) | chosen
+        threshold += chosen << shift
         need -= above
     return threshold, need
 
 
+@triton.jit
+def _list_counts(LIST, count, threshold, BLOCK: tl.constexpr):
+    """How many of the first `count` listed numbers lie over the threshold, and at it."""
+    over = tl.full([], 0, tl.int32)
+    same = tl.full([], 0, tl.int32)
+    for first in range(0, count, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        o = tl.load(LIST + at, mask=at < count, other=0)
+        over += tl.sum(((at < count) & (o > threshold)).to(tl.int32), 0)
+        same += tl.sum(((at < count) & (o == threshold)).to(tl.int32), 0)
+    return over, same
+
+
 @triton.jit(do_not_specialize=["room", "n", "k", "chunks", "chunk"])
 def compact_kernel(
-    SCORES, LENGTH, TABLE, STATE, BEFORE, OFFERS, LIST, OUT,
-    stride, room, n, k, chunks, chunk,
-    BITS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, LISTED: tl.constexpr,
-    PDL: tl.constexpr,
+    LENGTH, KEPT, STATE, OFFERS, LIST, OUT,
+    room, n, k, chunks, chunk,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write a chunk's selected positions behind those of the chunks before it; grid (chunks, rows)."""
     c, row = tl.program_id(0), tl.program_id(1)
-    n = _row_length(LENGTH, row, n)
-    lo = c * chunk
-    hi = tl.minimum(lo + chunk, n)
-    scores = SCORES + row.to(tl.int64) * stride
-    out = OUT + row.to(tl.int64) * k
-    at = lo + tl.arange(0, BLOCK)
-    if ONE:
-        key = _load_keys(scores, at, hi, BITS)
     _wait(PDL)
-    if BITS == 16:
-        threshold, need, _listed, larger, equal = _second_digit(TABLE, STATE, BEFORE, row, c, chunks, CHUNKS)
-    else:
-        size = tl.num_programs(1) * chunks
-        offer = OFFERS + row * chunks
-        larger = tl.load(offer + c)
-        equal = tl.load(offer + size + c)
-        each = tl.arange(0, CHUNKS)
-        least = tl.min(tl.load(offer + 2 * size + each, mask=each < chunks, other=65536), 0)
-        most = tl.max(tl.load(offer + 3 * size + each, mask=each < chunks, other=-1), 0)
-        need = tl.load(STATE + row * 8 + 3)
-        low = least
+    n = _row_length(LENGTH, row, n)
+    size = tl.num_programs(1) * chunks
+    offer = OFFERS + row * chunks
+    larger = tl.load(offer + c)
+    equal = tl.load(offer + size + c)
+    many = tl.load(offer + 4 * size + c)
+    each = tl.arange(0, CHUNKS)
+    least = tl.min(tl.load(offer + 2 * size + each, mask=each < chunks, other=2147483647), 0)
+    most = tl.max(tl.load(offer + 3 * size + each, mask=each < chunks, other=LOWEST), 0)
+    need = tl.load(STATE + row * 8 + 5)
+    threshold = least
+    if least < most:
         LIST += row.to(tl.int64) * room
-        if least < most:
-            low, need = _list_threshold(LIST, tl.load(STATE + row * 8 + 4), need, LISTED)
-            listed = equal
-            equal = tl.full([], 0, tl.int32)
-            for start in range(0, listed, LISTED):
-                place = start + tl.arange(0, LISTED)
-                other = tl.load(LIST + place, mask=place < listed, other=-1)
-                larger += tl.sum((other > low).to(tl.int32), 0)
-                equal += tl.sum((other == low).to(tl.int32), 0)
-        # Where a row has no score at all, low is 65536 and nothing is written.
-        threshold = (tl.load(STATE + row * 8 + 2) << 16) | low
-    if ONE:
-        _write_block(out, key, at, hi, threshold, need, larger, equal, BITS)
-    else:
-        _write(scores, out, lo, hi, threshold, need, larger, equal, BITS, BLOCK)
+        threshold, need = _list_threshold(LIST, tl.load(STATE + row * 8 + 6), need, least, most, LISTED)
+        over, equal = _list_counts(LIST, equal, threshold, LISTED)
+        larger += over
+    out = OUT + row.to(tl.int64) * k
+    kept = KEPT + (row.to(tl.int64) * chunks + c) * chunk
+    for first in range(0, many, WIDTH):
+        at = first + tl.arange(0, WIDTH)
+        o, position = _load_kept(kept + at, at < many)
+        larger, equal = _write(
+            out, position, (at < many) & (o > threshold), (at < many) & (o == threshold), need, larger, equal
+        )  # fmt: skip
     if LENGTH is not None:
         # Rows with fewer than k scores end with -1.
-        for start in range(c * BLOCK, k, chunks * BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            tl.store(out + place, -1, mask=(place >= n) & (place < k))
+        for first in range(c * WIDTH, k, chunks * WIDTH):
+            at = first + tl.arange(0, WIDTH)
+            tl.store(out + at, -1, mask=(at >= n) & (at < k))
 
 
 @triton.jit
-def _write_block(out, key, at, hi, threshold, need, larger, equal, BITS: tl.constexpr):
-    """Positions `at` of keys above the threshold, and at it while fewer than `need` were, behind the counts given.
-
-    Returns the counts after it.
-    """
-    inside = at < hi
-    if BITS == 32:
-        # As unsigned numbers.
-        over = inside & ((key ^ -2147483648) > (threshold ^ -2147483648))
-    else:
-        over = inside & (key > threshold)
-    same = inside & (key == threshold)
+def _write(out, position, over, same, need, larger, equal):
+    """Positions of the scores over the threshold, and of those at it while fewer than `need` were, behind the counts
+    given. Returns the counts after it."""
     # One scan for both counts: a block is shorter than 2^15.
     packed = over.to(tl.int32) | (same.to(tl.int32) << 16)
     ranks = tl.cumsum(packed, 0) - packed
     equal_rank = equal + (ranks >> 16)
     chosen = over | (same & (equal_rank < need))
-    tl.store(out + larger + (ranks & 0xFFFF) + tl.minimum(equal_rank, need), at, mask=chosen)
+    tl.store(out + larger + (ranks & 0xFFFF) + tl.minimum(equal_rank, need), position, mask=chosen)
     total = tl.sum(packed, 0)
     return larger + (total & 0xFFFF), equal + (total >> 16)
-
-
-@triton.jit
-def _write(scores, out, lo, hi, threshold, need, larger, equal, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    for start in range(lo, hi, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        larger, equal = _write_block(
-            out, _load_keys(scores, at, hi, BITS), at, hi, threshold, need, larger, equal, BITS
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "k"])
@@ -298,7 +316,12 @@ def single_kernel(SCORES, LENGTH, OUT, stride, n, k, BITS: tl.constexpr, BLOCK: 
         prefix = (prefix << 8) | chosen
         need -= above
     none = tl.full([], 0, tl.int32)
-    _write(scores, out, 0, n, prefix, need, none, none, BITS, BLOCK)
+    if BITS == 32:
+        # As unsigned numbers.
+        over = (key ^ LOWEST) > (prefix ^ LOWEST)
+    else:
+        over = key > prefix
+    _write(out, at, inside & over, inside & (key == prefix), need, none, none)
     if LENGTH is not None:
         for start in range(0, k, BLOCK):
             place = start + tl.arange(0, BLOCK)
@@ -333,35 +356,37 @@ def topk_select(
         warps = 16 if block > 4096 else 8 if block > 1024 else 4
         single_kernel[(R,)](scores, length, out, scores.stride(0), N, k, BITS=bits, BLOCK=block, num_warps=warps)
         return out.view(*shape, k)
-    config = config or configs.TOPK
+    config = config or (configs.TOPK if N <= configs.TOPK_LONG else configs.TOPK_OF_LONG)
     chunks = max(1, min(config.most_chunks, config.per_sm * runtime.multiprocessors(device.index) // R))
     block = min(config.block, runtime.power_of_two(triton.cdiv(N, chunks), config.least_block))
     chunk = triton.cdiv(triton.cdiv(N, chunks), block) * block
     chunks = triton.cdiv(N, chunk)
-    table = torch.empty(2, R, chunks, 256, dtype=torch.int32, device=device)
+    # What a chunk is expected to keep, or a block of it.
+    width = min(block, runtime.power_of_two(block * max(7 * k, N // 9) // N, config.width))
+    kept = torch.empty(R, chunks, chunk, dtype=torch.int64, device=device)
+    count = torch.empty(R, chunks, dtype=torch.int32, device=device)
+    counts = torch.int16 if chunk < 2**15 else torch.int32
+    table = torch.empty(R, chunks, 256, dtype=counts, device=device)
     state = torch.empty(R, 8, dtype=torch.int32, device=device)
-    before = torch.empty(R, chunks, dtype=torch.int32, device=device)
+    offers = torch.empty(5, R, chunks, dtype=torch.int32, device=device)
+    listed = torch.empty(R, N, dtype=torch.int32, device=device)
     pdl = runtime.has_dependent_launch(device.index)
-    shape_options = {
-        "CHUNKS": runtime.power_of_two(chunks), "BLOCK": block, "ONE": chunk == block, "PDL": pdl,
-        "num_warps": max(1, min(config.num_warps, block // 128)),
-    }  # fmt: skip
+    options = {"WIDTH": width, "PDL": pdl, "launch_pdl": pdl}
     stride = scores.stride(0) if R > 1 else N
-    for step in (0, 1):
-        histogram_kernel[(chunks, R)](
-            scores, length, table[0], table[step], state, before, stride, N, k, chunks, chunk,
-            STEP=step, BITS=bits, launch_pdl=pdl and step > 0, **shape_options,
-        )  # fmt: skip
-    offers = listed = None
-    if bits == 32:
-        offers = torch.empty(4, R, chunks, dtype=torch.int32, device=device)
-        listed = torch.empty(R, N, dtype=torch.int32, device=device)
-        candidates_kernel[(chunks, R)](
-            scores, length, table[1], state, before, offers, listed, stride, N, N, chunks, chunk,
-            launch_pdl=pdl, **shape_options,
-        )  # fmt: skip
-    compact_kernel[(chunks, R)](
-        scores, length, table[1], state, before, offers, listed, out, stride, N, N, k, chunks, chunk,
-        BITS=bits, LISTED=512, launch_pdl=pdl, **shape_options,
+    grid = (chunks, R)
+    warps = max(1, min(config.num_warps, block // 128))
+    sift_kernel[grid](
+        scores, length, kept, count, table, state, stride, N, k, chunks, chunk,
+        # Registers that let `per_sm` thread blocks share a multiprocessor.
+        BLOCK=block, num_warps=warps, maxnreg=min(255, 65536 // (32 * warps * config.per_sm)), **options,
+    )  # fmt: skip
+    options["num_warps"] = max(1, min(config.num_warps, max(config.late_warps, width // 256), width // 128))
+    candidates_kernel[grid](
+        scores, length, kept, count, table, state, offers, listed, stride, N, N, k, chunks, chunk,
+        GROUP=min(32, runtime.power_of_two(chunks)), **options,
+    )  # fmt: skip
+    compact_kernel[grid](
+        length, kept, state, offers, listed, out, N, N, k, chunks, chunk,
+        CHUNKS=runtime.power_of_two(chunks), LISTED=512, **options,
     )  # fmt: skip
     return out.view(*shape, k)

@@ -1,0 +1,167 @@
+"""Votes, rotary tables and chosen rows, by the C++ kernel and by torch, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.attention import Rope
+from foveate.attention.backends import cpp_scoring
+from foveate.attention.scoring import RotaryTable, slots_of, softmax_votes, take_rows, top_mask, top_slots
+from foveate.errors import OptionError, ShapeError
+
+GATES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+@pytest.fixture(params=["cpp", "torch"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setenv("FOVEATE_CPP", "0")
+    elif cpp_scoring.why_unavailable() is not None:
+        pytest.skip(f"the C++ kernel is not available: {cpp_scoring.why_unavailable()}")
+    return str(request.param)
+
+
+def exact_scores(q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("bhd,bhnd->bhn", q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1))
+
+
+def by_definition(q: Tensor, k: Tensor, scale: float, groups: int, reduce: str) -> Tensor:
+    parts = (scale * exact_scores(q, k)).softmax(-1).chunk(groups, 1)
+    return torch.stack([part.sum(1) if reduce == "sum" else part.amax(1) for part in parts], 1)
+
+
+@pytest.mark.parametrize("dtype", GATES)
+@pytest.mark.parametrize("group", [1, 3, 8, 11])
+@pytest.mark.parametrize("size", [16, 24, 64])
+def test_votes_are_reduced_softmax_weights(dtype: torch.dtype, group: int, size: int) -> None:
+    q = torch.randn(2, 2 * group, size).to(dtype)
+    k = torch.randn(2, 1070, 2, size).to(dtype).transpose(1, 2)
+    for tokens, groups, reduce in ((1, 1, "sum"), (33, 2, "sum"), (1024, 2, "max"), (1063, 1, "sum"), (1063, 1, "max")):
+        keys = k[:, :, 5 : 5 + tokens]
+        votes = softmax_votes(q, keys, 0.5, groups=groups, reduce=reduce)
+        assert votes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        expected = by_definition(q, keys, 0.5, groups, reduce)
+        # Torch rounds scores to the keys' type, and an exponential's relative error is its exponent's absolute one.
+        half = torch.finfo(dtype).bits == 16
+        gate = torch.finfo(dtype).eps * exact_scores(q, keys).abs().max() if half else GATES[dtype]
+        assert (votes - expected).norm() <= gate * expected.norm()
+
+
+def test_votes_of_scores_far_apart() -> None:
+    """Stretches of keys whose weights vanish beside others', and weights that vanish beside their neighbours'."""
+    q, k = torch.ones(1, 1, 16), torch.zeros(1, 1, 5000, 16)
+    k[..., 0] = torch.linspace(-400, 30, 5000)
+    k[..., 1024:2048, :] = -1e4
+    votes, expected = softmax_votes(q, k, 1.0), by_definition(q, k, 1.0, 1, "sum")
+    torch.testing.assert_close(votes.double(), expected, rtol=1e-4, atol=1e-37)
+    assert bool((votes[0, 0, 1024:2048] == 0).all())
+    # Where weights are 0, the earlier slots are taken.
+    assert torch.equal(top_slots(votes, 3000), slots_of(top_mask(votes, 3000)))
+
+
+def test_a_key_that_is_not_a_number_spoils_all_votes() -> None:
+    for value in (torch.nan, torch.inf):
+        k = torch.randn(1, 2, 1500, 16)
+        k[0, 0, 1200, 3] = value
+        q = torch.ones(1, 4, 16)
+        assert bool(softmax_votes(q, k, 1.0, reduce="sum").isnan().all())
+        assert bool(softmax_votes(q, k, 1.0, groups=2, reduce="max")[0, 0].isnan().all())
+        assert not bool(softmax_votes(q, k, 1.0, groups=2)[0, 1].isnan().any())
+
+
+def test_a_key_of_minus_infinity_has_no_vote() -> None:
+    q, k = torch.ones(1, 3, 16), torch.randn(1, 1, 1500, 16)
+    k[..., 1024:, 0] = -torch.inf
+    votes = softmax_votes(q, k, 1.0)[0, 0]
+    assert bool((votes[1024:] == 0).all())
+    torch.testing.assert_close(votes[:1024], softmax_votes(q, k[:, :, :1024], 1.0)[0, 0])
+
+
+def test_votes_have_a_gradient() -> None:
+    q = torch.randn(1, 2, 16, requires_grad=True)
+    softmax_votes(q, torch.randn(1, 1, 9, 16), 1.0)[..., 0].sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("given", [{"scale": 0.0}, {"groups": 4}, {"groups": 0}, {"reduce": "mean"}])
+def test_bad_votes(given: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match="allowed: scale > 0, 'sum' or 'max', a number of groups that divides 6"):
+        softmax_votes(torch.randn(1, 6, 16), torch.randn(1, 2, 9, 16), **{"scale": 1.0, **given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [15, 16, 17, 1000, 4099])
+def test_the_best_of_many_scores(tokens: int) -> None:
+    scores = torch.randn(2, 2, tokens) * torch.logspace(-30, 30, tokens)[torch.randperm(tokens)]
+    scores[0] = scores[0].bfloat16().float()
+    scores[1, 1, ::2] = -torch.inf
+    for count in (0, 1, tokens // 8, tokens - 1, tokens + 1):
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+        found = torch.where(scores.gather(-1, best) > -torch.inf, best, tokens).sort(-1).values
+        width = int((found < tokens).sum(-1).max())
+        assert torch.equal(top_slots(scores, count), torch.where(found < tokens, found, -1)[..., :width])
+
+
+def scaled(x: Tensor, positions: Tensor) -> Tensor:
+    """A rotary embedding of YaRN's kind on half of the features."""
+    return torch.cat((1.3 * Rope(8).rotate(x[..., :8], positions), x[..., 8:]), -1)
+
+
+LAYOUTS = {
+    "halves": Rope(16).rotate,
+    "partial halves": Rope(6).rotate,
+    "neighbours": Rope(16, style="interleaved").rotate,
+    "partial neighbours": Rope(6, style="interleaved").rotate,
+    "scaled": scaled,
+    "backwards": lambda x, at: Rope(16).rotate(x.flip(-1), at).flip(-1),
+    "none": lambda x, at: x,
+}
+
+
+@pytest.mark.parametrize("rotate", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", GATES)
+def test_chosen_rows_are_turned(dtype: torch.dtype, rotate: object) -> None:
+    assert callable(rotate)
+    x = torch.randn(2, 50, 3, 16).to(dtype).transpose(1, 2)[:, :, 2:]
+    index, at = torch.randint(0, 48, (2, 37)), torch.arange(100, 137)
+    table = RotaryTable.of(rotate, at, x)
+    assert table is not None
+    rows = torch.stack([torch.stack([x[b, h, index[b]] for h in range(3)]) for b in range(2)])
+    expected = rotate(rows.double(), at[None])
+    out = torch.full((4, 3, 40, 16), torch.nan, dtype=dtype)
+    for made in (take_rows(x, index, table), take_rows(x, index, table, out=out[1:3, :, 1:38])):
+        assert made.dtype == dtype
+        assert (made - expected).norm() <= GATES[dtype] * expected.norm() * (1 if dtype != torch.float64 else 1e3)
+    assert bool(out[[0, 3]].isnan().all() and out[:, :, [0, 38, 39]].isnan().all())
+    assert torch.equal(take_rows(x, index), rows)
+
+
+def test_a_table_knows_its_rotary_embedding() -> None:
+    at = torch.arange(300)
+    table = RotaryTable.of(Rope(16).rotate, at, torch.randn(16))
+    assert table is not None
+    assert table.agrees(Rope(16).rotate, at)
+    for other in (Rope(16, base=20000.0), Rope(16, style="interleaved"), Rope(14)):
+        assert not table.agrees(other.rotate, at)
+    torch.testing.assert_close(table.rows(7, 9).turn(torch.ones(2, 16)), table.turn(torch.ones(300, 16))[7:9])
+
+
+def test_other_layouts_have_no_table() -> None:
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+
+    def rotate(x: Tensor, positions: Tensor) -> Tensor:
+        return Rope(8).rotate(x[..., order], positions)[..., order.argsort()]
+
+    assert RotaryTable.of(rotate, torch.arange(9), torch.randn(8)) is None
+
+
+def test_bad_rows() -> None:
+    x, index = torch.randn(1, 2, 9, 16), torch.zeros(1, 4, dtype=torch.int64)
+    table = RotaryTable.of(Rope(16).rotate, torch.arange(5), x)
+    with pytest.raises(ShapeError, match="a table of 5 positions, allowed: 4"):
+        take_rows(x, index, table)
+    with pytest.raises(ShapeError, match=r"out \[1, 2, 5, 16\] torch.float32, allowed: \[1, 2, 4, 16\]"):
+        take_rows(x, index, out=torch.empty(1, 2, 5, 16))
+    with pytest.raises(ShapeError):
+        take_rows(x, index[0])
