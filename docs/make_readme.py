@@ -29,7 +29,26 @@ def numbers() -> str:
         parts.append(_decode(json.loads(file.read_text()), "torch kernels only" if "torch" in file.stem else ""))
     for file in sorted(RESULTS.glob("needles_*.json")):
         parts.append(_needles(json.loads(file.read_text()), file.name))
+    recall = RESULTS / "mqar.json"
+    if recall.exists():
+        parts.append(_recall(json.loads(recall.read_text()), recall.name))
     return "\n\n".join(parts) or "None recorded yet."
+
+
+def _recall(data: dict[str, Any], name: str) -> str:
+    given = data["settings"]
+    rows = [
+        f"Multi-query recall, {given['pairs']} pairs in {given['length']} tokens: a short convolution and one mixer of "
+        f"width {given['dim']}, at most {given['steps']} steps, rates {given['rates']}, {data['environment']['device']} "
+        f"({name}):",
+        "",
+        "| mixer | accuracy | bytes of state |",
+        "|---|---|---|",
+    ]
+    best = sorted(data["best"], key=lambda row: -row["accuracy"])
+    return "\n".join(
+        [*rows, *(f"| {each['entry']} | {each['accuracy']:.3f} | {each['state_bytes']:,} |" for each in best)]
+    )
 
 
 def _needles(data: dict[str, Any], name: str) -> str:
@@ -37,8 +56,9 @@ def _needles(data: dict[str, Any], name: str) -> str:
     for row in data["rows"]:
         cells.setdefault(_without_length(row["method"]), {})[row["task"], row["length"]] = row["score"]
     columns = sorted({at for found in cells.values() for at in found})
+    known = "known" if data["rows"][-1]["query_aware"] else "not known when keys are dropped"
     rows = [
-        f"Scores at half of a prompt's tokens, question known, {data['seeds']} seeds, {data['environment']['device']} "
+        f"Scores at half of a prompt's tokens, question {known}, {data['seeds']} seeds, {data['environment']['device']} "
         f"({name}):",
         "",
         "| method | " + " | ".join(f"{task} {length}" for task, length in columns) + " |",
