@@ -39,8 +39,8 @@ def _recall(data: dict[str, Any], name: str) -> str:
     given = data["settings"]
     rows = [
         f"Multi-query recall, {given['pairs']} pairs in {given['length']} tokens: a short convolution and one mixer of "
-        f"width {given['dim']}, at most {given['steps']} steps, rates {given['rates']}, {data['environment']['device']} "
-        f"({name}):",
+        f"width {given['dim']}, at most {given['steps']} steps, rates {given['rates']}, "
+        f"{data['environment']['device']} ({name}):",
         "",
         "| mixer | accuracy | bytes of state |",
         "|---|---|---|",
@@ -58,8 +58,8 @@ def _needles(data: dict[str, Any], name: str) -> str:
     columns = sorted({at for found in cells.values() for at in found})
     known = "known" if data["rows"][-1]["query_aware"] else "not known when keys are dropped"
     rows = [
-        f"Scores at half of a prompt's tokens, question {known}, {data['seeds']} seeds, {data['environment']['device']} "
-        f"({name}):",
+        f"Scores at half of a prompt's tokens, question {known}, {data['seeds']} seeds, "
+        f"{data['environment']['device']} ({name}):",
         "",
         "| method | " + " | ".join(f"{task} {length}" for task, length in columns) + " |",
         "|---|" + "---|" * len(columns),
