@@ -49,6 +49,11 @@ def bounded_log_forget(f: Tensor, table: Tensor | None, layer: int) -> Tensor:
     arxiv="2311.04823",
     year=2023,
     applies_to="from scratch",
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
+        "0.014 with 0.8 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class HGRNMixer(Mixer):
     """An elementwise gated recurrence with lower-bounded forget gates.
