@@ -22,6 +22,7 @@ from foveate.attention import (
     merge,
     subtract,
 )
+from foveate.attention.plan import Plan
 from foveate.errors import BackendError, PlanError, ShapeError
 
 B, H = 2, 2
@@ -218,3 +219,12 @@ def test_the_log_sum_exp_has_gradients(sink: bool) -> None:
         made.append(torch.autograd.grad((o.sin().sum() + lse.cos().sum()), wanted))
     for ours, exact in zip(made[1], made[0]):
         torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("n, block", [(100, 16), (64, 64), (57, 32), (5, 8)])
+def test_density_of_vertical_slash_counts_every_pair_once(n: int, block: int) -> None:
+    # Columns and diagonals that repeat, are absent, lie beyond the end and cover each other.
+    vertical = torch.randint(-2, n + 3, (2, 3, 9))
+    slash = torch.randint(-2, -(-n // block) + 2, (2, 3, 4))
+    plan = VerticalSlash(vertical, slash, block)
+    assert plan.density(n, n) == pytest.approx(Plan.density(plan, n, n), rel=1e-9)

@@ -313,6 +313,23 @@ class VerticalSlash(Plan):
         columns = Tokens(self.vertical).reads(1, n, positions)
         return columns | self.slash_blocks(m, n).reads(m, n, positions)
 
+    def density(self, m: int, n: int, positions: Positions | None = None) -> float:
+        if positions is not None and not positions.aligned:
+            return super().density(m, n, positions)
+        on_diagonals = float(self.slash_blocks(m, n).share(m, n))
+        return on_diagonals + self._beside_diagonals(n).double().mean().item() / (n * (n + 1) / 2)
+
+    def _beside_diagonals(self, n: int) -> Tensor:
+        """Pairs that columns add to the diagonals: int64 [B, H]. O(V S), no M x N mask."""
+        column, offset = (once(x.long()).clamp_min(-1) for x in (self.vertical, self.slash))
+        column = column.masked_fill(column >= n, -1)
+        begin = (column // self.block)[..., None] + offset[:, :, None]
+        # Queries of the diagonal's block that see the column; in its own block those before it do not.
+        begin, end = begin * self.block, ((begin + 1) * self.block).clamp_max(n)
+        begin = torch.where(offset[:, :, None] == 0, column[..., None], begin)
+        covered = torch.where(offset[:, :, None] >= 0, (end - begin).clamp_min(0), 0).sum(-1)
+        return torch.where(column >= 0, n - column - covered, 0).sum(-1)
+
     def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
         lowered = self.slash_blocks(m, n).lower(m, n)
         return lowered.with_columns(self.vertical)
@@ -339,6 +356,14 @@ class PerHead(Plan):
 
     def density(self, m: int, n: int, positions: Positions | None = None) -> float:
         return sum(plan.density(m, n) for plan in self.plans) / len(self.plans)
+
+
+def once(index: Tensor) -> Tensor:
+    """Every number once per row, in order, -1 for what was there before."""
+    index = index.sort(-1).values
+    again = torch.zeros_like(index, dtype=torch.bool)
+    again[..., 1:] = index[..., 1:] == index[..., :-1]
+    return index.masked_fill(again, -1)
 
 
 def _ramp(upto: Tensor, width: Tensor) -> Tensor:

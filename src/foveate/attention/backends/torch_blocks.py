@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.attention.backends.torch_dense import fused, join, per_query_head, repeat_heads
 from foveate.attention.call import Call
-from foveate.attention.plan import Blocks, Tokens, VerticalSlash
+from foveate.attention.plan import Blocks, Tokens, VerticalSlash, once
 
 # Gathered keys and values of one fused call stay below this many elements.
 GATHER_ELEMENTS = 1 << 24
@@ -122,7 +122,7 @@ def attend_vertical_slash(call: Call, plan: VerticalSlash) -> tuple[Tensor, Tens
     o, lse = attend_blocks(call, blocks)
     B, Hq = call.q.shape[:2]
     heads = max(plan.vertical.shape[1], call.k.shape[1])
-    listed = Tokens(_unique(plan.vertical))
+    listed = Tokens(once(plan.vertical))
     valid = listed.valid(call.n).expand(B, -1, -1)
     index = torch.where(valid, listed.index, 0).long().expand(B, -1, -1)
     index, valid = (repeat_heads(each, heads) for each in (index, valid))
@@ -141,11 +141,3 @@ def attend_vertical_slash(call: Call, plan: VerticalSlash) -> tuple[Tensor, Tens
     gather = index[..., None].expand(-1, -1, -1, k.shape[-1])
     mask = per_query_head(allowed, Hq)
     return join([(o, lse), _fused(call, call.q, k.gather(2, gather), v.gather(2, gather), mask)])
-
-
-def _unique(index: Tensor) -> Tensor:
-    """Sorted index with repeated entries made absent."""
-    index = index.sort(dim=-1).values
-    repeated = torch.zeros_like(index, dtype=torch.bool)
-    repeated[..., 1:] = index[..., 1:] == index[..., :-1]
-    return index.masked_fill(repeated, -1)
