@@ -22,7 +22,6 @@ from foveate.attention import (
     merge,
     subtract,
 )
-from foveate.attention.plan import Plan
 from foveate.errors import BackendError, PlanError, ShapeError
 
 B, H = 2, 2
