@@ -360,7 +360,7 @@ def block_flash_fwd(
     config = config or configs.blocks(max(D, DV), q.element_size(), plan.block_m, N)
     block_m = min(power_in(plan.block_m), config.block_m)
     block_n = min(power_in(plan.block_n), config.block_n)
-    row_blocks = triton.cdiv(M, plan.block_m)
+    row_blocks = runtime.cdiv(M, plan.block_m)
     rows = plan.batch * plan.heads * row_blocks
     tiles = B * Hq * row_blocks * (plan.block_m // block_m)
     stripe_k = stripe_v = None

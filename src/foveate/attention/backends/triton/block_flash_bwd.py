@@ -287,7 +287,7 @@ def _state(do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor) -> Tensor:
     block_dv = runtime.power_of_two(DV, 16)
     rows_at_once = max(1, 8192 // block_dv)
     if total:
-        delta_kernel[(triton.cdiv(total, rows_at_once),)](
+        delta_kernel[(runtime.cdiv(total, rows_at_once),)](
             o.contiguous(), do, lse.contiguous(), None if dlse is None else dlse.contiguous(), state, total,
             DV=DV, BLOCK_DV=block_dv, BLOCK=rows_at_once, num_warps=4,
         )  # fmt: skip

@@ -112,16 +112,16 @@ def columns_and_diagonals(
     memory; waits for the device only where the lists' bound exceeds SPARE_ENTRIES.
     """
     n = pooled.shape[-1]
-    if pooled.dim() != 3 or pooled.shape[0] != 2 or pooled.dtype != torch.float32 or n != triton.cdiv(tokens, block):
+    if pooled.dim() != 3 or pooled.shape[0] != 2 or pooled.dtype != torch.float32 or n != runtime.cdiv(tokens, block):
         raise ShapeError(f"pooled {list(pooled.shape)} {pooled.dtype}, allowed: float32 [2, batch * heads, n]")
     pooled, rows, device = pooled.contiguous(), pooled.shape[1] * n, pooled.device
     chosen = torch.empty(pooled.shape, dtype=torch.int8, device=device)
     listed = torch.empty(rows + 1, dtype=torch.int64, device=device)
     given = counts.contiguous() if isinstance(counts, Tensor) else None
-    choose_kernel[(triton.cdiv(n, 32), 2 * pooled.shape[1])](
+    choose_kernel[(runtime.cdiv(n, 32), 2 * pooled.shape[1])](
         pooled, given, chosen, n, 0 if isinstance(counts, Tensor) else counts, TILE=32, OTHERS=128, num_warps=4
     )
-    count_kernel[(triton.cdiv(n, 32), pooled.shape[1])](chosen, listed, n, TILE=32, CHUNK=128, num_warps=4)
+    count_kernel[(runtime.cdiv(n, 32), pooled.shape[1])](chosen, listed, n, TILE=32, CHUNK=128, num_warps=4)
     row_ptr = listed.cumsum(0)
     # A row has no more blocks than there are up to its own, and than columns and diagonals are taken.
     width = min(n, 2 * most)

@@ -313,7 +313,7 @@ def join(states: Tensor, maps: Tensor, start: Tensor | None, cut: Cut, reverse: 
     """Run `join_kernel` on states [pieces, heads, K, V] and maps [pieces, heads, K, K]."""
     _, heads, DK, DV = states.shape
     block_v = min(16, runtime.power_of_two(DV, 16))
-    join_kernel[(triton.cdiv(DV, block_v), heads, cut.sequences)](
+    join_kernel[(runtime.cdiv(DV, block_v), heads, cut.sequences)](
         states, maps, start, cut.first, cut.per_sequence, heads,
         DK=DK, DV=DV, BLOCK_K=runtime.power_of_two(DK, 16), BLOCK_V=block_v, REVERSE=reverse,
         PRECISION=precision, num_warps=8, num_stages=2 if DK <= 128 and precision == "tf32" else 1,
@@ -336,7 +336,7 @@ def prepare(
     w = torch.empty(HV, cut.total, DK, dtype=k.dtype, device=k.device)
     slots = cut.total // config.chunk + cut.pieces
     u = torch.empty(HV, slots, DV, config.chunk, dtype=k.dtype, device=k.device)
-    prepare_kernel[(triton.cdiv(cut.length, config.chunk), HV, cut.pieces)](
+    prepare_kernel[(runtime.cdiv(cut.length, config.chunk), HV, cut.pieces)](
         q, k, v, beta, sums, cut.table, p, w, u, weights, *steps(q), *steps(k), *steps(v), beta.stride(1),
         beta.stride(2), cut.total, slots, *cut.sizes, scale, HV, K_GROUP=HV // k.shape[2], DK=DK, DV=DV,
         BLOCK_K=columns(DK, 256, config.chunk, size), BLOCK_V=columns(DV, 64, config.chunk, size), C=config.chunk,

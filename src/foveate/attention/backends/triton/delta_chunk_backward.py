@@ -178,7 +178,7 @@ def prepare_back(
     HV, DK, DV, size = do.shape[2], k.shape[3], do.shape[3], k.element_size()
     w = torch.empty(HV, cut.total, DK, dtype=k.dtype, device=k.device)
     u = torch.empty(HV, cut.total, DV, dtype=k.dtype, device=k.device)
-    prepare_back_kernel[(triton.cdiv(cut.length, config.chunk), HV, cut.pieces)](
+    prepare_back_kernel[(runtime.cdiv(cut.length, config.chunk), HV, cut.pieces)](
         q, k, do, beta, sums, cut.table, w, u, *steps(q), *steps(k), *steps(do), beta.stride(1), beta.stride(2),
         cut.total, *cut.sizes, scale, HV, K_GROUP=HV // k.shape[2], DK=DK, DV=DV,
         BLOCK_K=columns(DK, 256, config.chunk, size), BLOCK_V=columns(DV, 64, config.chunk, size), C=config.chunk,

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from foveate.attention.backends.triton import delta_chunk, delta_chunk_backward, runtime, scan_configs
@@ -77,7 +76,7 @@ def delta_forward(
         states = torch.empty(cut.pieces, HV, DK, DV, dtype=torch.float32, device=q.device)
         maps = torch.empty(cut.pieces, HV, DK, DK, dtype=torch.float32, device=q.device)
         block_v = scan_configs.columns(max(DK, DV), config.sum_v, config.chunk, q.element_size())
-        delta_chunk.delta_kernel[(triton.cdiv(DV, block_v) + triton.cdiv(DK, block_v), HV, cut.pieces)](
+        delta_chunk.delta_kernel[(runtime.cdiv(DV, block_v) + runtime.cdiv(DK, block_v), HV, cut.pieces)](
             None, k, *prepared, sums, states, maps, cut.table, None, None, None, *strides,
             **sizes, BLOCK_V=block_v, LOCAL=True, EVERY=keep, SPLIT=True,
             num_warps=config.sum_warps, num_stages=config.sum_stages,
@@ -87,7 +86,7 @@ def delta_forward(
     errors = torch.empty_like(o) if keep else None
     final = start_of(initial, (cut.sequences, HV, DK, DV), q.device)
     block_v = scan_configs.columns(DV, config.block_v, config.chunk, q.element_size())
-    delta_chunk.delta_kernel[(triton.cdiv(DV, block_v), HV, cut.pieces)](
+    delta_chunk.delta_kernel[(runtime.cdiv(DV, block_v), HV, cut.pieces)](
         q, k, *prepared, sums, states, None, cut.table, o, errors, final, *strides,
         **sizes, BLOCK_V=block_v, LOCAL=False, EVERY=False, SPLIT=cut.split,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -158,14 +157,14 @@ def _errors_gradient(
     if cut.split:
         assert kept.maps is not None
         sums_of_pieces = torch.empty(cut.pieces, HV, DK, DV, dtype=torch.float32, device=q.device)
-        kernel[(triton.cdiv(DV, block_v), HV, cut.pieces)](
+        kernel[(runtime.cdiv(DV, block_v), HV, cut.pieces)](
             q, k, do, w, u, beta, sums, None, sums_of_pieces, cut.table, None, None, None, *strides,
             **sizes, BLOCK_V=block_v, LOCAL=True, SPLIT=True,
             num_warps=config.back_warps, num_stages=config.back_stages,
         )  # fmt: skip
         delta_chunk.join(sums_of_pieces, kept.maps, R, cut, True, _join_precision(q, True))
         R = sums_of_pieces
-    blocks = triton.cdiv(DV, block_v)
+    blocks = runtime.cdiv(DV, block_v)
     E = torch.empty(B, T, HV, DV, dtype=dtype, device=q.device)
     rows = torch.empty(blocks, B, T, HV, dtype=torch.float32, device=q.device)
     kernel[(blocks, HV, cut.pieces)](

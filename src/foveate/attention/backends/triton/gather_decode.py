@@ -284,15 +284,15 @@ def gather_decode(
     planned = length is not None and segments > 1
     rows = G * M
     block_r = min(64, runtime.power_of_two(rows, 16))
-    row_tiles = triton.cdiv(rows, block_r)
-    tiles = max(1, triton.cdiv(what.entries, config.block_n))
+    row_tiles = runtime.cdiv(rows, block_r)
+    tiles = max(1, runtime.cdiv(what.entries, config.block_n))
     wanted = config.per_sm * runtime.multiprocessors(q.device.index)
     if planned:
         pieces = num_splits or min(segments * tiles, max(1, wanted // row_tiles) + segments)
         pieces = max(pieces, segments + 1)
     else:
         pieces = min(tiles, num_splits or max(1, wanted // (segments * row_tiles)))
-        pieces = triton.cdiv(tiles, triton.cdiv(tiles, pieces))
+        pieces = runtime.cdiv(tiles, runtime.cdiv(tiles, pieces))
     final = pieces == 1 and not planned
     out = torch.empty(B, Hq, M, DV, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, Hq, M, dtype=torch.float32, device=q.device) if return_lse else None

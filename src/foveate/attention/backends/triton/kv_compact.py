@@ -129,7 +129,7 @@ def kv_compact(
     half = 0 if rope is None else rope.dim // 2
     # Turned rows take more registers.
     block = max(8, (8192 if rope is None else 4096) // max(block_d, block_dv))
-    rows_kernel[(triton.cdiv(count, block), B * heads)](
+    rows_kernel[(runtime.cdiv(count, block), B * heads)](
         k, v, index, k_out, v_out, pos, at, rates, *k.stride()[:3], *v.stride()[:3],
         *_strides(index)[:2], *_strides(pos)[:2], *_strides(at),
         N, count, HEADS=heads, SHARED=heads // Hkv, D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK=block,

@@ -111,7 +111,7 @@ def kv_encode(x: Tensor, *, bits: int, group: int, dim: int) -> tuple[Tensor, Te
     code = torch.empty(words, dtype=torch.int32, device=x.device)
     scale, least = (torch.empty(groups, dtype=x.dtype, device=x.device) for _ in range(2))
     if x.numel():
-        encode_kernel[(triton.cdiv(entries, tile["T"]), triton.cdiv(width, tile["C"]))](
+        encode_kernel[(runtime.cdiv(entries, tile["T"]), runtime.cdiv(width, tile["C"]))](
             x.contiguous(), code, scale, least, entries, width, BITS=bits, GROUP=group, **tile, num_warps=4
         )
     return code, scale, least
@@ -129,7 +129,7 @@ def kv_decode(code: Tensor, scale: Tensor, least: Tensor, *, bits: int, group: i
         raise ShapeError(f"scales {list(scale.shape)} and leasts {list(least.shape)}, allowed: {wanted}")
     x = torch.empty(sizes, dtype=scale.dtype, device=code.device)
     if x.numel():
-        decode_kernel[(triton.cdiv(entries, tile["T"]), triton.cdiv(width, tile["C"]))](
+        decode_kernel[(runtime.cdiv(entries, tile["T"]), runtime.cdiv(width, tile["C"]))](
             code.contiguous(), scale.contiguous(), least.contiguous(), x, entries, width,
             BITS=bits, GROUP=group, **tile, num_warps=4,
         )  # fmt: skip

@@ -123,7 +123,7 @@ def column_and_diagonal_mass(last: Tensor, k: Tensor, *, scale: float, pooled: b
         raise ShapeError(reason)
     tile = m if pooled else min(m, TOKEN_TILE)
     width = 1 if pooled else tile
-    parts = torch.empty(2 + m // tile, B, Hq, triton.cdiv(N, tile) * width, dtype=torch.float32, device=k.device)
+    parts = torch.empty(2 + m // tile, B, Hq, runtime.cdiv(N, tile) * width, dtype=torch.float32, device=k.device)
     if parts.numel():
         _launch(last, k, scale, pooled, tile, parts)
         # Diagonals after the last tile lie in the future.
@@ -144,15 +144,15 @@ def _launch(last: Tensor, k: Tensor, scale: float, pooled: bool, tile: int, part
     }  # fmt: skip
     strides = (*last.stride()[:3], *k.stride()[:3])
     config = configs.reduction(D, k.element_size(), m)
-    lse_kernel[(triton.cdiv(m, config.block_m) * Hq // H, splits, B * H)](
+    lse_kernel[(runtime.cdiv(m, config.block_m) * Hq // H, splits, B * H)](
         last, k, None, lse, *strides, m, N, splits, 0, scale * runtime.LOG2E,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=True, WINDOW=False, **shape,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    tiles = triton.cdiv(N, tile)
+    tiles = runtime.cdiv(N, tile)
     share = max(1, tiles * B * Hq // (4 * wanted))
     wide = D * k.element_size() > ROW_BYTES // 2
-    mass_kernel[(triton.cdiv(tiles, share) * Hq // H, B * H)](
+    mass_kernel[(runtime.cdiv(tiles, share) * Hq // H, B * H)](
         last, k, lse, parts, *strides, N, tiles, share, scale * runtime.LOG2E,
         BLOCK_M=m, BLOCK_N=tile, SPLITS=splits, POOLED=pooled, **shape,
         num_warps=8 if m == 128 else 4, num_stages=2 if wide else 3,

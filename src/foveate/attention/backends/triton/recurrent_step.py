@@ -82,8 +82,8 @@ def recurrent_step(
         g = g if g.dim() < 4 or g.stride(-1) == 1 else g.contiguous()
         g_strides = (0, g.stride(0)) if g.dim() == 1 else (g.stride(0), g.stride(2))
     b_strides = (0, 0) if beta is None else (beta.stride(0), beta.stride(2))
-    block_v = 32 if B * HV * triton.cdiv(DV, 32) >= runtime.multiprocessors(q.device.index) else 16
-    step_kernel[(triton.cdiv(DV, block_v), HV, B)](
+    block_v = 32 if B * HV * runtime.cdiv(DV, 32) >= runtime.multiprocessors(q.device.index) else 16
+    step_kernel[(runtime.cdiv(DV, block_v), HV, B)](
         q, k, v, g, beta, state, out, after,
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), *g_strides, *b_strides,
         scale, eps, HV,

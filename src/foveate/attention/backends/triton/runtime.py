@@ -39,6 +39,11 @@ def upcast(dtype: torch.dtype) -> bool:
     return INTERPRET and dtype == torch.bfloat16
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes 15 us of host time per call."""
+    return -(-a // b)
+
+
 def power_of_two(x: int, least: int = 1) -> int:
     return max(least, 1 << (x - 1).bit_length()) if x > 0 else least
 

@@ -214,7 +214,7 @@ class Walk:
         config = config or scan_configs.scan(DK, DV, q.element_size())
         block_k = runtime.power_of_two(DK, 16)
         block_v = scan_configs.columns(DV, config.block_v, config.chunk, q.element_size())
-        blocks = triton.cdiv(DV, block_v)
+        blocks = runtime.cdiv(DV, block_v)
         out = torch.empty(B, T, self.heads, DV, dtype=out_dtype or q.dtype, device=q.device)
         rows = None
         if other is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import triton
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
@@ -61,7 +60,7 @@ class Cut:
         # Under symbolic shapes only B and T stay symbols.
         (B, T), (HV, V) = v.shape[:2], map(int, v.shape[2:])
         sequences = B if offsets is None else len(offsets) - 1
-        per_piece = HV * triton.cdiv(V, columns(V, config.block_v, config.chunk, q.element_size()))
+        per_piece = HV * runtime.cdiv(V, columns(V, config.block_v, config.chunk, q.element_size()))
         wanted = config.per_sm * runtime.multiprocessors(q.device.index)
         pieces = sequences
         if 2 * sequences * per_piece < wanted:
@@ -76,12 +75,12 @@ class Cut:
         """About `pieces` pieces in all, none longer than `longest` tokens."""
         lengths = [tokens] if offsets is None else [b - a for a, b in pairwise(offsets)]
         most = max(lengths)
-        wanted = triton.cdiv(pieces * most, sum(lengths) if offsets is not None else batch * tokens)
-        size = triton.cdiv(triton.cdiv(most, wanted), chunk) * chunk
+        wanted = runtime.cdiv(pieces * most, sum(lengths) if offsets is not None else batch * tokens)
+        size = runtime.cdiv(runtime.cdiv(most, wanted), chunk) * chunk
         if longest is not None:
             size = min(size, max(1, longest // chunk) * chunk)
         if offsets is None:
-            per_sequence = triton.cdiv(tokens, size)
+            per_sequence = runtime.cdiv(tokens, size)
             return cls(batch, batch * tokens, tokens, size, batch * per_sequence, per_sequence)
         rows: list[tuple[int, int, int, int]] = []
         first = [0]
@@ -90,7 +89,7 @@ class Cut:
                 rows.append((n, at, min(at + size, end), (at == begin) + 2 * (at + size >= end)))
             first.append(len(rows))
         table = torch.tensor(rows, dtype=torch.int64).to(device)
-        per_sequence = triton.cdiv(most, size)
+        per_sequence = runtime.cdiv(most, size)
         return cls(
             len(lengths), tokens, tokens, size, len(rows), per_sequence, table, torch.tensor(first).to(device)
         )  # fmt: skip
@@ -148,7 +147,7 @@ def decay_sums(g: Tensor | None, cut: Cut, chunk: int) -> Tensor | None:
     out = torch.empty((cut.total, H) if channels else (H, cut.total), dtype=torch.float32, device=g.device)
     strides = out.stride() if channels else out.stride()[::-1]
     block = min(128 if channels else 16, runtime.power_of_two(H))
-    grid = (triton.cdiv(cut.length, chunk), cut.pieces, triton.cdiv(H, block))
+    grid = (runtime.cdiv(cut.length, chunk), cut.pieces, runtime.cdiv(H, block))
     cumulative_kernel[grid](
         g, cut.table, out, g.stride(1), g.stride(2), *strides, *cut.sizes, H, BLOCK_H=block, C=chunk, num_warps=4
     )
@@ -160,7 +159,7 @@ def sum_from_end(rows: Tensor, anchor: Tensor, cut: Cut) -> Tensor:
     H = rows.shape[1]
     out = torch.empty_like(rows)
     block = min(32, runtime.power_of_two(H))
-    gate_gradient_kernel[(triton.cdiv(H, block), cut.pieces)](
+    gate_gradient_kernel[(runtime.cdiv(H, block), cut.pieces)](
         rows, anchor, cut.table, out, cut.total, *cut.sizes, H, BLOCK_H=block, C=64, num_warps=4
     )
     return out

@@ -111,7 +111,7 @@ def join(states: Tensor, decays: Tensor | None, start: Tensor | None, cut: Cut, 
     """Run `join_kernel` on states [pieces, heads, K, V]; start [N, heads, K, V] float32 or None."""
     _, heads, K, V = states.shape
     block = min(1024, runtime.power_of_two(K * V))
-    join_kernel[(triton.cdiv(K * V, block), heads, cut.sequences)](
+    join_kernel[(runtime.cdiv(K * V, block), heads, cut.sequences)](
         states, decays, start, cut.first, cut.per_sequence, heads,
         SIZE=K * V, DV=V, BLOCK=block, DECAY=decay, REVERSE=reverse, num_warps=4, num_stages=4,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def border_states(
     block_v = scan_configs.columns(DV, config.sum_v, config.chunk, k.element_size())
     states = torch.empty(cut.pieces, heads, DK, DV, dtype=torch.float32, device=k.device)
     decays = torch.empty(cut.pieces, heads, dtype=torch.float32, device=k.device) if decay else None
-    states_kernel[(triton.cdiv(DK, block_k) * triton.cdiv(DV, block_v), heads, cut.pieces)](
+    states_kernel[(runtime.cdiv(DK, block_k) * runtime.cdiv(DV, block_v), heads, cut.pieces)](
         k, v, sums, cut.table, states, decays, *steps(k), *steps(v), cut.total, *cut.sizes, heads,
         K_GROUP=heads // k.shape[2], V_GROUP=heads // v.shape[2],
         DK=DK, DV=DV, BLOCK_K=block_k, BLOCK_V=block_v, C=config.chunk, DECAY=decay, REVERSE=reverse,

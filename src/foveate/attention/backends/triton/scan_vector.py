@@ -186,7 +186,7 @@ def scores(
     """A [heads, total, C] in q's dtype."""
     DK, C = q.shape[3], config.chunk
     a = torch.empty(heads, cut.total, C, dtype=q.dtype, device=q.device)
-    vector_scores_kernel[(triton.cdiv(cut.length, C), heads, cut.pieces)](
+    vector_scores_kernel[(runtime.cdiv(cut.length, C), heads, cut.pieces)](
         q, k, sums, cut.table, a, *steps(q), *steps(k), cut.total, *cut.sizes, heads,
         K_GROUP=heads // q.shape[2], DK=DK, BLOCK_K=runtime.power_of_two(DK, 16), C=C,
         PRECISION=runtime.dot_precision(q.dtype), UPCAST=runtime.upcast(q.dtype),
@@ -203,7 +203,7 @@ def vector_walk(
     B, T, HV, DV = v.shape
     DK = q.shape[3]
     block_v = scan_configs.columns(DV, config.block_v, config.chunk, q.element_size())
-    grid = (triton.cdiv(DV, block_v), HV, cut.pieces)
+    grid = (runtime.cdiv(DV, block_v), HV, cut.pieces)
     sizes = {
         "Q_GROUP": HV // q.shape[2], "K_GROUP": HV // k.shape[2], "DK": DK, "DV": DV,
         "BLOCK_K": runtime.power_of_two(DK, 16), "BLOCK_V": block_v, "C": config.chunk, "REVERSE": reverse,

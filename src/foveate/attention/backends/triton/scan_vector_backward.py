@@ -137,7 +137,7 @@ def _back_walk(
     block_k = scan_configs.columns(DK, config.block_v, config.chunk, x.element_size())
     out = torch.empty(B, T, HV, DK, dtype=torch.float32 if z.shape[2] < HV else z.dtype, device=x.device)
     rows = None if other is None else torch.empty(B, T, HV, DK, dtype=torch.float32, device=x.device)
-    vector_back_kernel[(triton.cdiv(DK, block_k), HV, cut.pieces)](
+    vector_back_kernel[(runtime.cdiv(DK, block_k), HV, cut.pieces)](
         x, y, z, sums, other, states, cut.table, out, rows,
         *steps(x), *steps(y), *steps(z), *steps(other), *cut.sizes, scale, HV,
         Z_GROUP=HV // z.shape[2], DV=DV, DK=DK, BLOCK_V=runtime.power_of_two(DV, 16), BLOCK_K=block_k,

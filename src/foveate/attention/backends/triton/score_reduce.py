@@ -223,7 +223,7 @@ def log_sum_exp(
     B, Hq, M, D = q.shape
     N = k.shape[2]
     config = configs.reduction(D, q.element_size(), M)
-    row_tiles, tiles = triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)
+    row_tiles, tiles = runtime.cdiv(M, config.block_m), runtime.cdiv(N, config.block_n)
     splits = max(1, min(tiles, 2 * runtime.multiprocessors(q.device.index) // max(1, row_tiles * B * Hq)))
     lse = torch.empty(splits, B, Hq, M, dtype=torch.float32, device=q.device)
     if lse.numel():
@@ -258,7 +258,7 @@ def column_mass(
     out = torch.empty(B, Hq, N, dtype=torch.float32, device=q.device)
     if out.numel():
         # Tiles lie the other way round here: many keys by few queries.
-        column_kernel[(triton.cdiv(N, config.keys) * Hq // k.shape[1], B * k.shape[1])](
+        column_kernel[(runtime.cdiv(N, config.keys) * Hq // k.shape[1], B * k.shape[1])](
             q, k, at, lse.contiguous(), out, *strides, M, N, window or 0, scale * runtime.LOG2E,
             BLOCK_M=config.queries, BLOCK_N=config.keys, **shape,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -291,11 +291,11 @@ def block_mass(
     N = k.shape[2]
     config = configs.reduction(D, q.element_size(), block_m)
     tile = min(block_n & -block_n, config.block_n)
-    parts, rows = block_n // tile, triton.cdiv(M, block_m)
-    tiles = triton.cdiv(N, block_n) * parts
+    parts, rows = block_n // tile, runtime.cdiv(M, block_m)
+    tiles = runtime.cdiv(N, block_n) * parts
     out = torch.empty(B, Hq, rows, tiles, dtype=torch.float32, device=q.device)
     if out.numel():
-        block_kernel[(triton.cdiv(tiles, 32) * Hq // k.shape[1], rows, B * k.shape[1])](
+        block_kernel[(runtime.cdiv(tiles, 32) * Hq // k.shape[1], rows, B * k.shape[1])](
             q, k, at, lse.contiguous(), out, *strides, M, N, tiles, block_m, window or 0, scale * runtime.LOG2E,
             SHARE=32, BLOCK_M=runtime.power_of_two(block_m, 16), BLOCK_N=tile, **shape,
             num_warps=config.num_warps, num_stages=config.num_stages,

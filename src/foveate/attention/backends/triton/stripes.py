@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveate.attention.backends.triton import runtime
 from foveate.attention.sparse_plan import SparsePlan, made_once
 
 # Columns per stripe are a multiple of this, so tiles and words of bits never straddle a head.
@@ -73,7 +74,7 @@ def _stripes(plan: SparsePlan, causal: bool) -> Stripes:
         .to(torch.int32)
         for end in ends
     )
-    words = triton.cdiv(plan.key_blocks, 32)
+    words = runtime.cdiv(plan.key_blocks, 32)
     blocks = torch.zeros(cut.numel() * words, dtype=torch.int32, device=device)
     row = torch.arange(cut.numel(), device=device)
     row = torch.repeat_interleave(row, plan.row_ptr.diff(), output_size=plan.nnz)

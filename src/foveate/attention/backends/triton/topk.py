@@ -358,9 +358,9 @@ def topk_select(
         return out.view(*shape, k)
     config = config or (configs.TOPK if N <= configs.TOPK_LONG else configs.TOPK_OF_LONG)
     chunks = max(1, min(config.most_chunks, config.per_sm * runtime.multiprocessors(device.index) // R))
-    block = min(config.block, runtime.power_of_two(triton.cdiv(N, chunks), config.least_block))
-    chunk = triton.cdiv(triton.cdiv(N, chunks), block) * block
-    chunks = triton.cdiv(N, chunk)
+    block = min(config.block, runtime.power_of_two(runtime.cdiv(N, chunks), config.least_block))
+    chunk = runtime.cdiv(runtime.cdiv(N, chunks), block) * block
+    chunks = runtime.cdiv(N, chunk)
     # What a chunk is expected to keep, or a block of it.
     width = min(block, runtime.power_of_two(block * max(7 * k, N // 9) // N, config.width))
     kept = torch.empty(R, chunks, chunk, dtype=torch.int64, device=device)
