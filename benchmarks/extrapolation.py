@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--tasks", nargs="+", default=["passkey", "perplexity"])
     parser.add_argument("--cells", default="foveate-report/extrapolation")
     parser.add_argument("--out", type=Path, default=RESULTS / "extrapolation.json")
     given = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> None:
         model,
         tokenizer,
         given.methods,
-        ["passkey", "perplexity"],
+        given.tasks,
         [int(each) for each in given.lengths.split(",")],
         given.seeds,
         out=given.cells,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 
-from language import arguments, decoding, on_task, on_text, record
+from claim import record
+from language import arguments, decoding, on_task, on_text
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import time
 from typing import Any
 
 import torch
-from keeping import arguments, load, mean, record, retrieval
+from claim import record
+from keeping import arguments, load, mean, retrieval
 
 from foveate.attention.statistics import attention_rows
 from foveate.hf import apply
@@ -55,7 +56,7 @@ def main() -> None:
     task = Recall(pairs=8)
     examples = [task.example(tokenizer, given.length, seed) for seed in range(given.seeds)]
     prompts = [list(example.context + example.turns[0].question) for example in examples]
-    votes = {"window": 16, "kernel": 7, "pool": "max"}
+    votes: dict[str, Any] = {"window": 16, "kernel": 7, "pool": "max"}
     mass = []
     for budget in (32, 64, 128):
         for method in (
@@ -70,15 +71,8 @@ def main() -> None:
     for budget in (32, 64):
         methods += [f"{each}:budget={budget},{options}" for each in ("snapkv", "adakv")]
     rows = retrieval(model, tokenizer, methods, task, given, question_seen=True)
-    record(
-        "adakv",
-        "budgets shared by a layer's heads keep more attention than equal ones",
-        model,
-        given,
-        started,
-        mass=mass,
-        rows=rows,
-    )
+    claim = "budgets shared by a layer's heads keep more attention than equal ones"
+    record("adakv", claim, given, started, model=model, mass=mass, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import argparse
 import time
 
 import torch
-from images import accuracies, arguments, record, with_mixer
+from claim import record
+from images import TASK, accuracies, arguments, with_mixer
 
 from foveate.mixers.base import create_mixer
 
@@ -41,14 +42,8 @@ def main() -> None:
     started, given = time.perf_counter(), arguments(__doc__)
     specs = ("softmax:rotary=false,causal=false", "linear:causal=false", "agent:pool=2", "agent:pool=4", "agent:pool=7")
     rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given)
-    record(
-        "agent",
-        "attention through few agents is as good as softmax attention and above plain linear attention",
-        given,
-        started,
-        rows=rows,
-        seconds_by_tokens=seconds(given),
-    )
+    claim = "attention through few agents is as good as softmax attention and above plain linear attention"
+    record("agent", claim, given, started, task=TASK, rows=rows, seconds_by_tokens=seconds(given))
 
 
 if __name__ == "__main__":

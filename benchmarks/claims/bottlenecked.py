@@ -11,24 +11,21 @@ A solution counts when generation gives all of its lines.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from claim import parser, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foveate.compare.environment import environment
 from foveate.hf.finetune import lora
 from foveate.lm.bottlenecked import Bottlenecked, Solutions, encode, fit, newline_tokens, processor_for
 from foveate.lm.data import load_tokenizer
 from foveate.lm.synthetic import IGNORED, TEST_SEEDS
 
-RESULTS = Path(__file__).parents[1] / "results" / "claims"
 MODULUS = 23
 
 
@@ -101,20 +98,11 @@ def solved(run: Bottlenecked, tokenizer: Any, pairs: list[tuple[str, str]]) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=1500, help="of the model; processor and adapter take a fifth")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=64, help="of the processor")
-    parser.add_argument("--operations", type=int, nargs="+", default=[4, 6, 8], help="up to the first is trained on")
-    parser.add_argument("--train", type=int, default=20000)
-    parser.add_argument("--test", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    made = parser(__doc__, batch=64, dim=128, layers=4, train=20000, test=256, rate=1e-3, seed=0)
+    made.add_argument("--steps", type=int, default=1500, help="of the model; processor and adapter take a fifth")
+    made.add_argument("--width", type=int, default=64, help="of the processor")
+    made.add_argument("--operations", type=int, nargs="+", default=[4, 6, 8], help="up to the first is trained on")
+    given = made.parse_args()
     started = time.perf_counter()
     tokenizer = load_tokenizer("bytes")
     data = encode(tokenizer, chains(given.train, (2, given.operations[0]), given.seed))
@@ -147,15 +135,8 @@ def main() -> None:
     merged = adapted.eval().merge_and_unload()
     with Bottlenecked(merged, untrained, newlines) as run:
         judge("adapter of that size", run, own, loss)
-    made = {
-        "claim": "rewriting the cache after steps solves more chains than the model or an adapter of that size",
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "rows": rows,
-        "seconds": round(time.perf_counter() - started, 1),
-        "environment": environment(model),
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "bottlenecked.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    claim = "rewriting the cache after steps solves more chains than the model or an adapter of that size"
+    record("bottlenecked", claim, given, started, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,18 @@ frozen.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from claim import parser, record
 
-from foveate.compare.environment import environment
 from foveate.hf.models import default_model
 from foveate.lm.cmr import Reweaving, fit, memory_for
 from foveate.lm.data import PackedText, read_documents
 from foveate.lm.synthetic import IGNORED, TEST_SEEDS
 
-RESULTS = Path(__file__).parents[1] / "results" / "claims"
 NAMES = [
     "Anna",
     "Bob",
@@ -88,20 +85,11 @@ def recall(run: Reweaving, test: PackedText, given: argparse.Namespace) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--length", type=int, default=2560)
-    parser.add_argument("--segment", type=int, default=512)
-    parser.add_argument("--facts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--train", type=int, default=1000, help="training texts")
-    parser.add_argument("--test", type=int, default=64, help="test texts")
-    parser.add_argument("--rate", type=float, default=1e-3, help="1e-4 is for long training")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    made = parser(__doc__, length=2560, segment=512, facts=8, steps=150, batch=8, dtype="bfloat16", seed=0)
+    made.add_argument("--train", type=int, default=1000, help="training texts")
+    made.add_argument("--test", type=int, default=64, help="test texts")
+    made.add_argument("--rate", type=float, default=1e-3, help="1e-4 is for long training")
+    given = made.parse_args()
     started = time.perf_counter()
     model, tokenizer = default_model(dtype=given.dtype, device=given.device)
     train = texts(tokenizer, given.train, given.seed, given)
@@ -118,16 +106,8 @@ def main() -> None:
                 {"model": name, "recall": recall(run, test, given), "losses": losses[:: max(1, given.steps // 10)]}
             )
         print(rows[-1], flush=True)
-    made = {
-        "claim": "with a trained memory of hidden states a model recalls facts from far before its window",
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "chance": 1 / len(COLOURS),
-        "rows": rows,
-        "seconds": round(time.perf_counter() - started, 1),
-        "environment": environment(model),
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "cmr.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    claim = "with a trained memory of hidden states a model recalls facts from far before its window"
+    record("cmr", claim, given, started, chance=1 / len(COLOURS), rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from __future__ import annotations
 import tempfile
 import time
 
+from claim import record
 from heads import labelled, profile_of, saved, shuffled
-from keeping import arguments, load, record, retrieval
+from keeping import arguments, load, retrieval
 
 from foveate.tasks.recall import Recall
 
@@ -20,7 +21,7 @@ def main() -> None:
     found = profile_of("compresskv", model, tokenizer)
     budget = given.length // 16
     with tempfile.TemporaryDirectory() as folder:
-        ours, other = (saved(folder, name, each) for name, each in _profiles(found).items())
+        ours, other = saved(folder, "semantic", found), saved(folder, "random", shuffled(found, ("semantic",), 0))
         choices = {
             "semantic heads, calibrated budgets": f"first_k=4,profile={ours}",
             "semantic heads": f"first_k=4,allocate=false,profile={ours}",
@@ -30,19 +31,8 @@ def main() -> None:
         labels = {"full": "full"}
         labels |= {f"compresskv:budget={budget},{each}": label for label, each in choices.items()}
         rows = labelled(retrieval(model, tokenizer, list(labels), Recall(pairs=8), given, question_seen=True), labels)
-    record(
-        "compresskv",
-        "semantic retrieval heads choose better keys than all heads together or random ones",
-        model,
-        given,
-        started,
-        layer_error=found.tensors["error"].tolist(),
-        rows=rows,
-    )
-
-
-def _profiles(found):  # type: ignore[no-untyped-def]
-    return {"semantic": found, "random": shuffled(found, ("semantic",), 0)}
+    claim = "semantic retrieval heads choose better keys than all heads together or random ones"
+    record("compresskv", claim, given, started, model=model, layer_error=found.tensors["error"].tolist(), rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record
+from claim import record
+from keeping import arguments, load
 from selecting import divergence
 
 
@@ -25,14 +26,8 @@ def main() -> None:
             f"quest:budget={budget},dense_layers=3",
             f"kinetics:rule=token,blocks={budget - 36},block=1,local=32,dense_layers=3",
         ]
-    record(
-        "delta",
-        "pages that a few layers choose serve the layers after them; recent pages do not",
-        model,
-        given,
-        started,
-        rows=divergence(model, tokenizer, methods, given),
-    )
+    claim = "pages that a few layers choose serve the layers after them; recent pages do not"
+    record("delta", claim, given, started, model=model, rows=divergence(model, tokenizer, methods, given))
 
 
 if __name__ == "__main__":

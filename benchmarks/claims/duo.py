@@ -11,8 +11,9 @@ from __future__ import annotations
 import tempfile
 import time
 
+from claim import record
 from heads import changed, labelled, profile_of, saved, shuffled
-from keeping import arguments, load, record, retrieval
+from keeping import arguments, load, retrieval
 
 from foveate.tasks.niah import NiahSingle
 from foveate.tasks.passkey import Passkey
@@ -35,16 +36,8 @@ def main() -> None:
             for name, task in (("passkey", Passkey()), ("niah-single", NiahSingle()))
         }
     counts = gates.histc(bins=10, min=0, max=1).int().tolist()
-    record(
-        "duo",
-        "half of the heads, chosen by trained gates, retrieve what random halves do not",
-        model,
-        given,
-        started,
-        gates_histogram=counts,
-        calibration=found.settings,
-        **rows,
-    )
+    claim = "half of the heads, chosen by trained gates, retrieve what random halves do not"
+    record("duo", claim, given, started, model=model, gates_histogram=counts, calibration=found.settings, **rows)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from claim import record
 from closeness import parser
-from keeping import load, record
+from keeping import load
 
 from foveate.hf.calibrate import calibrate
 from foveate.hf.compat import cache_keyword, new_dynamic_cache
@@ -125,9 +126,9 @@ def main() -> None:
     record(
         "echoatt",
         "inner layers can share attention weights; distillation closes most of the gap",
-        model,
         given,
         started,
+        model=model,
         similarity_to_next=[round(float(each), 4) for each in similarity.diagonal(1)],
         unadjusted=places,
         adjusted={"groups": adjusted.groups, "perplexity": adjusted.perplexity, "losses": adjusted.losses},

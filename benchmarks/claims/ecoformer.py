@@ -15,7 +15,8 @@ import time
 from typing import Any
 
 import torch
-from features import arguments, record
+from claim import record
+from features import arguments
 from torch import Tensor
 
 from foveate.mixers.linear.ecoformer import binary_codes, learn_hashes, similarity_targets
@@ -82,10 +83,11 @@ def row(x: Tensor, bits: int, given: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     started = time.perf_counter()
-    given = arguments(__doc__, "ecoformer", tokens=196, width=32, anchors=25, steps=100)
+    given = arguments(__doc__, tokens=196, width=32, anchors=25, steps=100)
     x = tokens(given)
     rows = [row(x, bits, given) for bits in (8, 16, 32)]
-    record("learned codes follow similarity better than random ones of as many bits", given, started, rows=rows)
+    claim = "learned codes follow similarity better than random ones of as many bits"
+    record("ecoformer", claim, given, started, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record, retrieval
+from claim import record
+from keeping import arguments, load, retrieval
 
 from foveate.tasks.recall import Recall
 
@@ -29,14 +30,8 @@ def main() -> None:
             f"adakv:ratio={ratio},base=expected-attention",
         ]
     rows = retrieval(model, tokenizer, methods, Recall(pairs=8), given, question_seen=False)
-    record(
-        "expected_attention",
-        "without the question, expected weights choose the better keys",
-        model,
-        given,
-        started,
-        rows=rows,
-    )
+    claim = "without the question, expected weights choose the better keys"
+    record("expected_attention", claim, given, started, model=model, rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, next_token, record
+from claim import record
+from keeping import arguments, load, next_token
 
 from foveate.tasks.perplexity import Perplexity
 
@@ -26,14 +27,8 @@ def main() -> None:
         f"h2o:budget={budget},normalize=true",
     ]
     rows = next_token(model, tokenizer, methods, task, given)
-    record(
-        "h2o",
-        "20 % of the cache, half heavy hitters and half recent keys, keeps quality",
-        model,
-        given,
-        started,
-        rows=rows,
-    )
+    claim = "20 % of the cache, half heavy hitters and half recent keys, keeps quality"
+    record("h2o", claim, given, started, model=model, rows=rows)
 
 
 if __name__ == "__main__":

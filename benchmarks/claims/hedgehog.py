@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 import torch
-from features import arguments, record
+from claim import record
+from features import arguments
 from torch import Tensor
 
 from foveate.attention.features import elu_plus_one
@@ -78,13 +79,13 @@ def work_of(model: Any, given: argparse.Namespace) -> ConvertConfig:
 
 def main() -> None:
     started = time.perf_counter()
-    given = arguments(__doc__, "hedgehog", steps=200, length=512, batch=8)
+    given = arguments(__doc__, steps=200, length=512, batch=8)
     model, tokenizer = default_model(device=given.device)
     config = work_of(model, given)
     teacher = as_hybrid(model)
     layers = config.chosen(len(teacher.layers))
     train, test = pack(read_documents([given.text]), tokenizer, given.length).split(config.held_out)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for feature_map in ("softmax", "exp"):
         student = replace_layers(teacher, layers, f"hedgehog:feature_map={feature_map}")
         mixers: Any = {index: mixer_at(student, index) for index in layers}
@@ -94,7 +95,8 @@ def main() -> None:
         rows.append(row(f"{feature_map}, at its start", before, "hedgehog"))
         distill(teacher, mixers, train, config, Work(identify(model), shown=True))
         rows.append(row(f"{feature_map}, learned", over_text(teacher, mixers, test), "hedgehog"))
-    record("learned maps come close to softmax's weights, and fixed ones do not", given, started, rows=rows)
+    claim = "learned maps come close to softmax's weights, and fixed ones do not"
+    record("hedgehog", claim, given, started, rows=rows)
 
 
 if __name__ == "__main__":

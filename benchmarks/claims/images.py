@@ -1,41 +1,33 @@
-"""What the claims about mixers of images share: a made-up image task, a small vision transformer, and the result file.
+"""What the claims about mixers of images share: a made-up image task, and a small vision transformer.
 
 The task: an image of 32 x 32 holds three 6 x 6 glyphs out of ten, at even places, in noise; two of them are alike.
 Which one? Telling glyphs apart is local, finding the pair is not. Glyphs and images come from seeds; nothing is
 downloaded.
 
-Every script takes --device, --steps, --seeds and --out (default benchmarks/results/claims).
+Every script takes --device, --steps, --seeds, --batch and --out, and records TASK.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from claim import parser
 from torch import Tensor, nn
 
-from foveate.compare.environment import device_name, load_average, now, versions
 from foveate.mixers.base import create_mixer
 
-RESULTS = Path(__file__).parents[1] / "results" / "claims"
+TASK = "which of ten glyphs is there twice in a noisy image of 32 x 32 (chance 0.1)"
 SIDE, GLYPH, KINDS, PATCH = 32, 6, 10, 4
 GRID = (SIDE // PATCH, SIDE // PATCH)
 
 
 def arguments(doc: str | None, *, steps: int = 1500, seeds: int = 2) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+    return parser(doc, steps=steps, seeds=seeds, batch=128).parse_args()
 
 
 def scenes(count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
@@ -139,25 +131,3 @@ def accuracies(
         )
         print(rows[-1], flush=True)
     return rows, models
-
-
-def record(name: str, claim: str, given: argparse.Namespace, started: float, **rows: Any) -> None:
-    """Write what came out, with what it was made on."""
-    given.out.mkdir(parents=True, exist_ok=True)
-    made = {
-        "claim": claim,
-        "task": "which of ten glyphs is there twice in a noisy image of 32 x 32 (chance 0.1)",
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "environment": {
-            "device": device_name(torch.device(given.device)),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "date": now(),
-            "loadavg": load_average(),
-        },
-        "seconds": round(time.perf_counter() - started, 1),
-        **rows,
-    }
-    path = given.out / f"{name}.json"
-    path.write_text(json.dumps(made, indent=2) + "\n")
-    print(path)

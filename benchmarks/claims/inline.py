@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 
 import torch
-from images import GRID, accuracies, arguments, record, with_mixer
+from claim import record
+from images import GRID, TASK, accuracies, arguments, with_mixer
 
 from foveate.attention.linear import kv_matmul_attention
 
@@ -41,13 +42,9 @@ def main() -> None:
         "inline",
     )
     rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given)
+    claim = "with an injective normaliser and a local residual, linear attention does better than softmax attention"
     record(
-        "inline",
-        "with an injective normaliser and a local residual, linear attention does better than softmax attention",
-        given,
-        started,
-        rows=rows,
-        distance_of_weights_of_q_and_2q=distance(given.device),
+        "inline", claim, given, started, task=TASK, rows=rows, distance_of_weights_of_q_and_2q=distance(given.device)
     )
 
 

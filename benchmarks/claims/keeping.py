@@ -1,39 +1,28 @@
-"""What the claims about eviction share: retrieval and next-token loss of a model under methods, and the result file.
+"""What the claims about eviction share: retrieval and next-token loss of a model under methods.
 
-Every script takes --length, --seeds, --dtype, --device and --out, and writes <out>/<system>.json (by default in
-benchmarks/results/claims).
+Every script takes --device, --length, --seeds, --dtype and --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from claim import parser
 
-from foveate.compare.environment import environment, model_facts
 from foveate.hf import apply
 from foveate.hf.compat import cache_keyword
 from foveate.hf.models import default_model
+from foveate.hf.stats import Stats
 from foveate.tasks.base import Task
-
-RESULTS = Path(__file__).parents[1] / "results" / "claims"
 
 
 def arguments(doc: str | None, *, length: int, seeds: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=length)
-    parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+    return parser(doc, device="cpu", length=length, seeds=seeds, dtype="float32").parse_args()
 
 
 def load(given: argparse.Namespace) -> tuple[Any, Any]:
@@ -57,8 +46,7 @@ def losses(model: Any, run: Any, pieces: Sequence[Sequence[int]], answer: Sequen
     for token in answer:
         rows.append((float(F.log_softmax(logits.float(), -1)[token]), float(int(logits.argmax()) == token)))
         logits = model(torch.tensor([[token]], device=model.device), **held).logits[0, -1]
-    lengths = [length for layer in run.stats.lengths for length in layer]
-    return torch.tensor(rows), sum(lengths) / len(lengths)
+    return torch.tensor(rows), keys_held(run.stats)
 
 
 def retrieval(
@@ -115,20 +103,10 @@ def next_token(
     return rows
 
 
+def keys_held(stats: Stats) -> float:
+    """Keys per KV head after the last step, in the mean."""
+    return mean([length for layer in stats.lengths for length in layer])
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def record(name: str, claim: str, model: Any, given: argparse.Namespace, started: float, **rows: Any) -> None:
-    """Write what came out, with what it was made on."""
-    given.out.mkdir(parents=True, exist_ok=True)
-    made = {
-        "claim": claim,
-        "settings": {key: value for key, value in vars(given).items() if key != "out"},
-        "environment": environment(model),
-        "model": model_facts(model),
-        "seconds": round(time.perf_counter() - started, 1),
-        **rows,
-    }
-    (given.out / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n")
-    print(given.out / f"{name}.json")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record, retrieval
+from claim import record
+from keeping import arguments, load, retrieval
 
 from foveate.tasks.passkey import Passkey
 
@@ -26,14 +27,8 @@ def main() -> None:
         ]
         methods += [f"h2o:budget={budget}", f"h2o:budget={budget},recent={budget}"]
     rows = retrieval(model, tokenizer, methods, Passkey(), given, question_seen=False, chunk=128)
-    record(
-        "keydiff",
-        "pieces under a fixed budget: distinct keys keep a needle that others lose",
-        model,
-        given,
-        started,
-        rows=rows,
-    )
+    claim = "pieces under a fixed budget: distinct keys keep a needle that others lose"
+    record("keydiff", claim, given, started, model=model, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from keeping import arguments, load, record
+from claim import record
+from keeping import arguments, load
 from selecting import divergence
 
 from foveate.methods.select.kinetics import KineticsCost
@@ -62,14 +63,9 @@ def main() -> None:
             f"kinetics:rule=local,local={budget}",
             f"quest:budget={budget},dense_layers=1",
         ]
+    claim = "in eFLOPs the cache outweighs the parameters early; block top-k beats the last tokens alone"
     record(
-        "kinetics",
-        "in eFLOPs the cache outweighs the parameters early; block top-k beats the last tokens alone",
-        model,
-        given,
-        started,
-        costs=table,
-        rows=divergence(model, tokenizer, methods, given),
+        "kinetics", claim, given, started, model=model, costs=table, rows=divergence(model, tokenizer, methods, given)
     )
 
 

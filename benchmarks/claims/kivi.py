@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, next_token, record, retrieval
+from claim import record
+from keeping import arguments, load, next_token, retrieval
 from selecting import divergence
 
 from foveate.tasks.niah import Niah
@@ -23,9 +24,9 @@ def main() -> None:
     record(
         "kivi",
         "4 bits lose nearly nothing and 2 bits little",
-        model,
         given,
         started,
+        model=model,
         rows=next_token(model, tokenizer, ["full", *methods], Perplexity(target=64), given),
         retrieval=retrieval(model, tokenizer, ["full", *methods], Niah(), given, question_seen=True),
         divergence=divergence(model, tokenizer, methods, given),

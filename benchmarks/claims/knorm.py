@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from keeping import arguments, load, mean, record, retrieval
+from claim import record
+from keeping import arguments, load, mean, retrieval
 from torch import Tensor
 
 from foveate.hf import apply
@@ -65,15 +66,8 @@ def main() -> None:
             f"{name}:ratio={ratio}{skip}" for name in ("knorm", "knorm-reversed") for skip in ("", ",skip_layers=2")
         ]
     rows = retrieval(model, tokenizer, methods, Passkey(), given, question_seen=True)
-    record(
-        "knorm",
-        "keys of small norm take more attention; a passkey survives on them",
-        model,
-        given,
-        started,
-        correlation_by_layer=ranks,
-        rows=rows,
-    )
+    claim = "keys of small norm take more attention; a passkey survives on them"
+    record("knorm", claim, given, started, model=model, correlation_by_layer=ranks, rows=rows)
 
 
 if __name__ == "__main__":

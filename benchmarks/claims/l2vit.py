@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from images import accuracies, arguments, record, with_mixer
+from claim import record
+from images import TASK, accuracies, arguments, with_mixer
 from torch import Tensor, nn
 
 from foveate.mixers.linear.l2vit import GlobalBlock, WindowBlock
@@ -48,13 +49,8 @@ def main() -> None:
         "windows, global + concentration": global_blocks(1.0, concentrated=True, windows=True),
     }
     rows, _ = accuracies(blocks, given)
-    record(
-        "l2vit",
-        "a local concentration after global linear attention, and windows between, raise its accuracy",
-        given,
-        started,
-        rows=rows,
-    )
+    claim = "a local concentration after global linear attention, and windows between, raise its accuracy"
+    record("l2vit", claim, given, started, task=TASK, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,32 @@
-"""What the claims about mixers of language share: small models trained by `foveate.lm.train`, decoding, the result.
+"""What the claims about mixers of language share: small models trained by `foveate.lm.train`, and decoding.
 
 Text is Python's own manual, read as bytes; recall is Zoology's MQAR. Nothing is downloaded.
 
-Every script takes --device, --steps, --dim, --length and --out (default benchmarks/results/claims).
+Every script takes --device, --steps, --dim, --length, --layers, --batch, --seed and --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from claim import parser
 
-from foveate.compare.environment import device_name, load_average, now, versions
 from foveate.lm.train import TrainResult, train
 from foveate.lm.train_config import DataConfig, RunConfig, TrainConfig
 from foveate.mixers.base import create_mixer
-
-RESULTS = Path(__file__).parents[1] / "results" / "claims"
 
 
 def arguments(
     doc: str | None, *, steps: int = 400, dim: int = 128, length: int = 512, layers: int = 4
 ) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--dim", type=int, default=dim)
-    parser.add_argument("--length", type=int, default=length)
-    parser.add_argument("--layers", type=int, default=layers)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+    sizes = {"steps": steps, "dim": dim, "length": length, "layers": layers, "batch": 16, "seed": 0}
+    return parser(doc, devices=("cpu", "cuda"), **sizes).parse_args()
 
 
 def on_text(mixers: Sequence[str], given: argparse.Namespace, **run: Any) -> dict[str, Any]:
@@ -112,24 +100,3 @@ def decoding(specs: Sequence[str], lengths: Sequence[int], given: argparse.Names
 def _wait(given: argparse.Namespace) -> None:
     if given.device == "cuda":
         torch.cuda.synchronize()
-
-
-def record(name: str, claim: str, given: argparse.Namespace, started: float, **rows: Any) -> None:
-    """Write what came out, with what it was made on."""
-    given.out.mkdir(parents=True, exist_ok=True)
-    made = {
-        "claim": claim,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "environment": {
-            "device": device_name(torch.device(given.device)),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "date": now(),
-            "loadavg": load_average(),
-        },
-        "seconds": round(time.perf_counter() - started, 1),
-        **rows,
-    }
-    path = given.out / f"{name}.json"
-    path.write_text(json.dumps(made, indent=2) + "\n")
-    print(path)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record, retrieval
+from claim import record
+from keeping import arguments, load, retrieval
 
 from foveate.tasks.passkey import Passkey
 
@@ -26,9 +27,9 @@ def main() -> None:
     record(
         "longheads",
         "a passkey is found beyond the trained length",
-        model,
         given,
         started,
+        model=model,
         rows=retrieval(model, tokenizer, methods, Passkey(), given, question_seen=True),
     )
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record
+from claim import record
+from keeping import arguments, load
 from selecting import divergence
 
 
@@ -18,14 +19,10 @@ def main() -> None:
     sizes = f"memory={given.length // 8},margin={given.length // 16},start={given.length // 4}"
     methods = [f"mac:threshold={each},{sizes}" for each in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
     methods += [f"mac:threshold=0.5,sinks=64,{sizes}"]
-    record(
-        "mac",
-        "the nearer a reused query must be, the fewer keys are saved and the closer the output is to dense attention",
-        model,
-        given,
-        started,
-        rows=divergence(model, tokenizer, methods, given),
+    claim = (
+        "the nearer a reused query must be, the fewer keys are saved and the closer the output is to dense attention"
     )
+    record("mac", claim, given, started, model=model, rows=divergence(model, tokenizer, methods, given))
 
 
 if __name__ == "__main__":

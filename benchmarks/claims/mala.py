@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 
 import torch
-from images import GRID, accuracies, arguments, record, with_mixer
+from claim import record
+from images import GRID, TASK, accuracies, arguments, with_mixer
 
 from foveate.attention.features import elu_plus_one
 from foveate.attention.linear import kv_matmul_attention
@@ -40,14 +41,8 @@ def main() -> None:
     started, given = time.perf_counter(), arguments(__doc__)
     specs = ("softmax:rotary=false,causal=false", "linear:causal=false", "mala", "mala:attention=softmax")
     rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given)
-    record(
-        "mala",
-        "weights sharpen with the size of the query, and accuracy rises above plain linear attention",
-        given,
-        started,
-        rows=rows,
-        largest_weight=sharpness(given.device),
-    )
+    claim = "weights sharpen with the size of the query, and accuracy rises above plain linear attention"
+    record("mala", claim, given, started, task=TASK, rows=rows, largest_weight=sharpness(given.device))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 
 import torch
-from landmark import accuracy, arguments, fit, make_model, record
+from claim import record
+from landmark import accuracy, arguments, fit, make_model
 
 from foveate.lm.synthetic import TEST_SEEDS, Examples, mqar
 
@@ -70,14 +71,8 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    record(
-        "miras",
-        "with corrupted values, memories of robust losses recall more than one of the squared error",
-        model,
-        given,
-        started,
-        rows=rows,
-    )
+    claim = "with corrupted values, memories of robust losses recall more than one of the squared error"
+    record("miras", claim, given, started, parameters=rows[-1]["parameters"], rows=rows)
 
 
 if __name__ == "__main__":

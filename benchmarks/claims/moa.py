@@ -12,7 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from keeping import arguments, load, next_token, record, retrieval
+from claim import record
+from heads import labelled
+from keeping import arguments, load, next_token, retrieval
 
 from foveate.hf.calibrate import calibrate
 from foveate.tasks.niah import Niah
@@ -25,28 +27,21 @@ def main() -> None:
     block = max(8, given.length // 48)
     length = given.length // 2 // block * block
     sizes = f"sinks={block},minimum={2 * block},multiple={block},new_tokens=64"
+    labels, calibration = {"full": "full"}, []
     with tempfile.TemporaryDirectory() as folder:
-        made = {}
         for bound in (0.25, 0.5):
-            out = Path(folder) / f"moa-{int(100 * bound)}"
+            name = f"moa-{int(100 * bound)}"
+            out = Path(folder) / name
             profile = calibrate("moa", model, tokenizer, out=out, length=length, block=block, bound=bound, samples=4)
-            made[bound] = profile.settings
-        methods = ["full"]
-        for bound in (0.25, 0.5):
-            methods += [
-                f"moa:profile={folder}/moa-{int(100 * bound)},{sizes}",
-                f"streaming-llm:sinks={block},window={int(bound * given.length) - block},reindex=false",
-            ]
-        record(
-            "moa",
-            "spans that fit each head keep more than one window for all heads, at an equal number of keys",
-            model,
-            given,
-            started,
-            calibration=[{"bound": bound, **settings} for bound, settings in made.items()],
-            rows=next_token(model, tokenizer, methods, Perplexity(target=64), given),
-            retrieval=retrieval(model, tokenizer, methods, Niah(depth=0.5), given, question_seen=True),
-        )
+            calibration.append({"bound": bound, **profile.settings})
+            labels[f"moa:profile={out},{sizes}"] = f"moa:profile={name},{sizes}"
+            window = f"streaming-llm:sinks={block},window={int(bound * given.length) - block},reindex=false"
+            labels[window] = window
+        rows = labelled(next_token(model, tokenizer, list(labels), Perplexity(target=64), given), labels)
+        task = Niah(depth=0.5)
+        found = labelled(retrieval(model, tokenizer, list(labels), task, given, question_seen=True), labels)
+    claim = "spans that fit each head keep more than one window for all heads, at an equal number of keys"
+    record("moa", claim, given, started, model=model, calibration=calibration, rows=rows, retrieval=found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 import torch
-from features import arguments, byte_lm, record
+from claim import record
+from features import arguments, byte_lm
 
 from foveate.attention.convolutions import toeplitz_attention
 
@@ -46,14 +47,13 @@ def timing(length: int, given: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     started = time.perf_counter()
-    given = arguments(__doc__, "nprf", steps=300, length=256, batch=16, dim=64, layers=2, repeats=5, longest=16384)
+    given = arguments(__doc__, steps=300, length=256, batch=16, dim=64, layers=2, repeats=5, longest=16384)
     mixers = ("nprf:feature_dim=16", "nprf:feature_dim=16,reach=0", "nprf:feature_dim=16,tau=4.0", "linear", "softmax")
     rows = [byte_lm(mixer, given) for mixer in mixers]
     lengths = [length for length in (1024, 4096, 16384) if length <= given.longest]
     times = [timing(length, given) for length in lengths]
-    record(
-        "normalised kernel attention trains, and better with a relative bias", given, started, rows=rows, times=times
-    )
+    claim = "normalised kernel attention trains, and better with a relative bias"
+    record("nprf", claim, given, started, rows=rows, times=times)
 
 
 if __name__ == "__main__":

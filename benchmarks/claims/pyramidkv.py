@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record, retrieval
+from claim import record
+from keeping import arguments, load, retrieval
 
 from foveate.tasks.recall import Recall
 
@@ -20,7 +21,8 @@ def main() -> None:
         methods += [f"{name}:budget={budget},window=8,kernel=7" for name in ("snapkv", "pyramidkv", "pyramidkv:beta=2")]
     methods = [each.replace("beta=2:", "beta=2,") for each in methods]
     rows = retrieval(model, tokenizer, methods, Recall(pairs=8), given, question_seen=True)
-    record("pyramidkv", "with few keys in all, a falling budget beats an even one", model, given, started, rows=rows)
+    claim = "with few keys in all, a falling budget beats an even one"
+    record("pyramidkv", claim, given, started, model=model, rows=rows)
 
 
 if __name__ == "__main__":

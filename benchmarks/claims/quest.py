@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record
+from claim import record
+from keeping import arguments, load
 from selecting import divergence
 
 
@@ -24,14 +25,8 @@ def main() -> None:
             f"kinetics:rule=token,blocks={budget - 5},block=1,sinks=4,local=1,dense_layers=2",
             f"streaming-llm:window={budget - 4},reindex=false",
         ]
-    record(
-        "quest",
-        "pages chosen by their bounds stay close to dense attention at a small budget",
-        model,
-        given,
-        started,
-        rows=divergence(model, tokenizer, methods, given),
-    )
+    claim = "pages chosen by their bounds stay close to dense attention at a small budget"
+    record("quest", claim, given, started, model=model, rows=divergence(model, tokenizer, methods, given))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from __future__ import annotations
 import tempfile
 import time
 
+from claim import record
 from heads import labelled, profile_of, saved, shuffled
-from keeping import arguments, load, next_token, record, retrieval
+from keeping import arguments, load, next_token, retrieval
 
 from foveate.tasks.passkey import Passkey
 from foveate.tasks.perplexity import Perplexity
@@ -37,15 +38,8 @@ def main() -> None:
             f"{none},compensate=false": "every head compressed, without compensation",
         }
         language = labelled(next_token(model, tokenizer, list(labels), Perplexity(), given), labels)
-    record(
-        "razor",
-        "induction and echo heads retrieve what random heads do not; the compensation token lowers perplexity",
-        model,
-        given,
-        started,
-        passkey=rows,
-        perplexity=language,
-    )
+    claim = "induction and echo heads retrieve what random heads do not; the compensation token lowers perplexity"
+    record("razor", claim, given, started, model=model, passkey=rows, perplexity=language)
 
 
 if __name__ == "__main__":

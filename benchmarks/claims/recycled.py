@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from keeping import arguments, load, losses, mean, record, retrieval
+from claim import record
+from keeping import arguments, load, losses, mean, retrieval
 from selecting import distributions, divergence
 from torch import Tensor
 
@@ -96,9 +97,9 @@ def main() -> None:
     record(
         "recycled",
         "a needle survives keys recycled every few steps, and not a window of the same budget",
-        model,
         given,
         started,
+        model=model,
         question_in_prompt=retrieval(model, tokenizer, methods, Niah(depth=0.2), given, question_seen=True),
         question_later=needle_after(model, tokenizer, methods, given),
         mass=mass_by_age(model, tokenizer, budget, given),

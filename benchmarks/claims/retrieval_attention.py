@@ -11,7 +11,8 @@ import time
 from typing import Any
 
 import torch
-from keeping import arguments, load, next_token, record, retrieval
+from claim import record
+from keeping import arguments, load, next_token, retrieval
 
 from foveate.methods.index import KeyIndex
 from foveate.tasks.passkey import Passkey
@@ -33,7 +34,7 @@ class Scans:
             self.shares.append(float((found.scanned / index.length[:, None]).mean()))
             return found
 
-        KeyIndex.search = search  # type: ignore[method-assign]
+        KeyIndex.search = search  # type: ignore[assignment, method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,15 +63,8 @@ def main() -> None:
             found += retrieval(model, tokenizer, [method], Passkey(), given, question_seen=True)
             rows += next_token(model, tokenizer, [method], Perplexity(target=32), given)
         rows[-1]["scanned"] = scans.mean
-    record(
-        "retrieval_attention",
-        "what a window loses, 100 retrieved keys bring back; a graph made from queries finds them",
-        model,
-        given,
-        started,
-        rows=rows,
-        passkey=found,
-    )
+    claim = "what a window loses, 100 retrieved keys bring back; a graph made from queries finds them"
+    record("retrieval_attention", claim, given, started, model=model, rows=rows, passkey=found)
 
 
 if __name__ == "__main__":

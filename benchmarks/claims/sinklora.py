@@ -9,22 +9,19 @@ The bundled model knows 8192 positions; its positions are interpolated and it is
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from claim import parser, record
 
-from foveate.compare.environment import environment
 from foveate.hf.finetune import finetune, interpolate, lora
 from foveate.hf.models import default_model
 from foveate.lm.data import PackedText, pack, read_documents
 
-RESULTS = Path(__file__).parents[1] / "results" / "claims"
 PATTERNS = {
     "full attention": None,
     "SF-Attn": "sinklora",
@@ -98,31 +95,18 @@ def tuned(name: str, train: PackedText, test: PackedText, given: argparse.Namesp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tests", type=int, default=16, help="texts held out that are read, at most")
-    parser.add_argument("--rate", type=float, default=1e-4, help="the paper's 2e-5 is for 1000 steps of 64 texts")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    made = parser(__doc__, length=16384, steps=60, dtype="bfloat16", seed=0)
+    made.add_argument("--tests", type=int, default=16, help="texts held out that are read, at most")
+    made.add_argument("--rate", type=float, default=1e-4, help="the paper's 2e-5 is for 1000 steps of 64 texts")
+    made.add_argument("--only", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
+    given = made.parse_args()
     started = time.perf_counter()
-    model, tokenizer = default_model(dtype=given.dtype, device=given.device)
+    _, tokenizer = default_model(dtype=given.dtype, device=given.device)
     train, test = pack(read_documents(("manual",)), tokenizer, given.length).split(0.15)
     rows = [tuned(name, train, test, given) for name in given.only]
-    made = {
-        "claim": "tuned in sink-fixed groups, a model keeps more of full tuning's perplexity than in shifted groups",
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
-        "texts": {"train": len(train), "test": min(len(test), given.tests)},
-        "rows": rows,
-        "seconds": round(time.perf_counter() - started, 1),
-        "environment": environment(model),
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "sinklora.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    texts = {"train": len(train), "test": min(len(test), given.tests)}
+    claim = "tuned in sink-fixed groups, a model keeps more of full tuning's perplexity than in shifted groups"
+    record("sinklora", claim, given, started, texts=texts, rows=rows)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,20 @@ a pretrained model by a few percent, and most steps of their coding are silent.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from images import RESULTS, record
+from claim import parser, record
 from keeping import mean
 from torch import Tensor, nn
 
-from foveate.compare.environment import model_facts
 from foveate.hf.models import default_model
 from foveate.mixers.linear.spikes import SpikeLinear, encode, firing_rate, spike_counts, spiking
 from foveate.tasks.perplexity import Perplexity
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
 
 
 @torch.no_grad()
@@ -62,7 +50,7 @@ def activity(model: Any, coded: dict[str, SpikeLinear], ids: Tensor, k: float) -
 
 
 def main() -> None:
-    started, given = time.perf_counter(), arguments()
+    started, given = time.perf_counter(), parser(__doc__, length=2048, seeds=4).parse_args()
     model, tokenizer = default_model(device=given.device)
     task = Perplexity(target=64)
     windows = []
@@ -73,23 +61,17 @@ def main() -> None:
     codes: list[tuple[str, Any]] = [("dense", None), ("8-bit weights", {"k": None})]
     codes += [(f"8-bit weights, spikes k={k:g}", {"k": k}) for k in (1.0, 2.0, 3.0, 6.0, 12.0)]
     for name, options in codes:
-        group = {} if options is None else {**options, "group": 64}
-        with nullcontext({}) if options is None else spiking(model, **group) as coded:
+        coding: Any = nullcontext({}) if options is None else spiking(model, **options, group=64)
+        with coding as coded:
             row: dict[str, Any] = {"coding": name, "perplexity": perplexity(model, windows)}
             if options and options["k"]:
                 row |= activity(model, coded, windows[0], options["k"])
         rows.append(row)
         row["over_dense"] = row["perplexity"] / rows[0]["perplexity"]
         print(row, flush=True)
-    record(
-        "spikingbrain",
-        "adaptive spike coding with k=3 and 8-bit weights changes perplexity by a few percent",
-        given,
-        started,
-        task="perplexity of windows of Python's manual",
-        model=model_facts(model),
-        rows=rows,
-    )
+    claim = "adaptive spike coding with k=3 and 8-bit weights changes perplexity by a few percent"
+    task_name = "perplexity of windows of Python's manual"
+    record("spikingbrain", claim, given, started, model=model, task=task_name, rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, record
+from claim import record
+from keeping import arguments, load
 from selecting import divergence
 
 
@@ -24,14 +25,8 @@ def main() -> None:
             f"quest:budget={read},dense_layers=0",
             f"streaming-llm:window={read - 4},reindex=false",
         ]
-    record(
-        "squeezed",
-        "cluster centres with one global threshold stay close to dense attention",
-        model,
-        given,
-        started,
-        rows=divergence(model, tokenizer, methods, given),
-    )
+    claim = "cluster centres with one global threshold stay close to dense attention"
+    record("squeezed", claim, given, started, model=model, rows=divergence(model, tokenizer, methods, given))
 
 
 if __name__ == "__main__":

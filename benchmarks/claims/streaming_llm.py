@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, next_token, record
+from claim import record
+from keeping import arguments, load, next_token
 
 from foveate.tasks.perplexity import Perplexity
 
@@ -24,14 +25,8 @@ def main() -> None:
             f"streaming-llm:sinks={sinks},window={budget - sinks},schedule=after,reindex=false",
         ]
     rows = next_token(model, tokenizer, methods, Perplexity(target=64), given)
-    record(
-        "streaming_llm",
-        "a window alone fails once the first tokens leave it, four sinks restore it",
-        model,
-        given,
-        started,
-        rows=rows,
-    )
+    claim = "a window alone fails once the first tokens leave it, four sinks restore it"
+    record("streaming_llm", claim, given, started, model=model, rows=rows)
 
 
 if __name__ == "__main__":

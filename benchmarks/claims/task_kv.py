@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from claim import record
 from closeness import Prompt, by_spec, closeness, parser, prompts
-from keeping import load, mean, record
+from keeping import load, mean
 from torch import Tensor
 
 from foveate.hf import apply
@@ -99,9 +100,9 @@ def main() -> None:
     record(
         "task_kv",
         "the heads far from their layer's centre depend on the task; keeping them whole stays closer to dense",
-        model,
         given,
         started,
+        model=model,
         heads=heads,
         **{name: closeness(model, by_spec(methods), made) for name, made in asked.items()},
     )

@@ -13,8 +13,9 @@ import tempfile
 import time
 
 import torch
+from claim import record
 from closeness import by_spec, closeness, parser, prompts
-from keeping import load, record
+from keeping import load
 
 from foveate.hf.calibrate import calibrate
 from foveate.methods.calibrated import table_profile
@@ -68,15 +69,8 @@ def main() -> None:
     chosen = {
         label: densities(method.table("proportions"))[method.chosen].tolist() for label, method in methods.items()
     }
-    record(
-        "tca",
-        "calibrated mixes of token counts stay closer to dense than equal counts and than SnapKV's keys",
-        model,
-        given,
-        started,
-        density_per_head=chosen,
-        **rows,
-    )
+    claim = "calibrated mixes of token counts stay closer to dense than equal counts and than SnapKV's keys"
+    record("tca", claim, given, started, model=model, density_per_head=chosen, **rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-from keeping import arguments, load, next_token, record, retrieval
+from claim import record
+from keeping import arguments, load, next_token, retrieval
 from selecting import divergence
 from torch import Tensor
 
@@ -52,9 +53,9 @@ def main() -> None:
     record(
         "tokenselect" if given.length <= 8192 else "tokenselect_long",
         "soft votes choose tokens that matter, in and beyond the trained length",
-        model,
         given,
         started,
+        model=model,
         rows=rows,
         passkey=found,
     )

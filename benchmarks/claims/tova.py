@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 
-from keeping import arguments, load, next_token, record
+from claim import record
+from keeping import arguments, load, next_token
 
 from foveate.tasks.perplexity import Perplexity
 
@@ -25,14 +26,8 @@ def main() -> None:
             f"h2o:budget={budget},recent={budget}",
         ]
     rows = next_token(model, tokenizer, methods, Perplexity(target=64), given)
-    record(
-        "tova",
-        "an eighth of the cache is nearly as good as the whole, and better than a window",
-        model,
-        given,
-        started,
-        rows=rows,
-    )
+    claim = "an eighth of the cache is nearly as good as the whole, and better than a window"
+    record("tova", claim, given, started, model=model, rows=rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 
-from language import arguments, on_text, record
+from claim import record
+from language import arguments, on_text
 
 
 def main() -> None:
