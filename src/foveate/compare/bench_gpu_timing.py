@@ -165,7 +165,8 @@ def graph_times(run: Run, calls: int, samples: int) -> list[float]:
 def queued_times(run: Run, calls: int, samples: int) -> tuple[list[float], float]:
     """Times behind a waiting device, and the host's median microseconds per call."""
     run(0)
-    times, host = [], []
+    times: list[float] = []
+    host: list[float] = []
     for sample in range(samples + 1):
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
