@@ -93,7 +93,7 @@ def main() -> None:
     scores = {**made.perplexity, "control": control(model, tokenizer, config)}
     record = {
         "settings": config.as_dict(),
-        "environment": environment(model),
+        "environment": environment(model.device),
         "model": model_facts(model),
         "layers": list(made.layers),
         "mixer": made.model.config.mixers[made.layers[0]],

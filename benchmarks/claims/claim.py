@@ -36,8 +36,7 @@ def record(name: str, claim: str, given: argparse.Namespace, started: float, *, 
     made = {
         "claim": claim,
         "settings": {key: value for key, value in vars(given).items() if key != "out"},
-        # Of a model, it reads the device alone.
-        "environment": environment(torch.empty(0, device=given.device)),
+        "environment": environment(torch.device(given.device)),
         **({} if model is None else {"model": model_facts(model)}),
         "seconds": round(time.perf_counter() - started, 1),
         **rows,

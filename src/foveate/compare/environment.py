@@ -59,17 +59,17 @@ def load_average() -> list[float] | None:
     return [round(each, 2) for each in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
-def environment(model: Any) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, threads, date, load and platform; see docs/results-schema.md."""
     return {
-        "device": device_name(model.device),
-        "device_type": model.device.type,
+        "device": device_name(device),
+        "device_type": device.type,
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "date": now(),
         "loadavg": load_average(),
         "platform": platform.platform(),
-        "peak_bytes_kind": kind_of_peak(model.device),
+        "peak_bytes_kind": kind_of_peak(device),
     }
 
 

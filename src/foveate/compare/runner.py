@@ -100,7 +100,7 @@ def compare(
         for method in matrix.methods
         if method != DENSE
     ]
-    return Comparison(environment(model), facts, settings, rows, told, runner.notes(), folder)
+    return Comparison(environment(model.device), facts, settings, rows, told, runner.notes(), folder)
 
 
 def _ways(query_aware: bool, stride: int, min_decode_tokens: int) -> Ways:
