@@ -63,7 +63,7 @@ def main() -> None:
         rows += measured(mixer, given)
         print(f"{rows[-1]['mixer']:24} {rows[-1]['ratio']:6.2f}  {rows[-1]['state_bytes']:>12,} B  {rows[-1]['made']}")
     result = {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
+        "settings": {key: value for key, value in vars(given).items() if key != "out"},
         "environment": {
             "device": device_name(torch.device(given.device)),
             "versions": versions(),

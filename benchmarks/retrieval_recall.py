@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.compare.environment import environment
+from foveate.compare.files import write_atomic
 from foveate.methods.index import AttentionGraph, FlatIndex, GraphOptions, KeyIndex, UsearchIndex
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,8 +111,8 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     settings = {name: value for name, value in vars(given).items() if name != "output"}
-    machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    given.output.write_text(json.dumps({"settings": settings, **machine, "rows": rows}, indent=1) + "\n")
+    made = {"settings": settings, "environment": environment(torch.device("cpu")), "rows": rows}
+    write_atomic(given.output, json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":
