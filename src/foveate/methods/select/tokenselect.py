@@ -100,7 +100,8 @@ class Part:
         "Bundled model, 2k tokens, a fifth of the keys, 2 windows of 64 steps: KL divergence from dense "
         "0.072, with choices kept 0.083, with hard votes 0.062; a window of as many keys 0.065, so it is not "
         "beaten on text here. Passkeys 0.00 of 2, the window 0.50, dense 1.00 "
-        "(benchmarks/results/claims/tokenselect.json)."
+        "(benchmarks/results/claims/tokenselect.json). At 12288 tokens, beyond the model's 8192 positions, no "
+        "passkey of 2 either (benchmarks/results/extrapolation.json)."
     ),
 )
 @dataclass(frozen=True, kw_only=True)
