@@ -12,7 +12,7 @@ from foveate.attention.backends.triton.block_flash import block_flash_fwd
 from foveate.attention.backends.triton.block_flash_bwd import block_flash_bwd
 from foveate.attention.backends.triton.configs import BackwardConfig, BlockConfig
 from foveate.errors import PlanError
-from tests.kernels.definitions import DEVICE, causal_counts, error
+from tests.kernels.definitions import DEVICE, causal_counts, error, poison
 from tests.kernels.test_block_flash import draw, draw_plan
 
 SMALL = (BackwardConfig(32, 16, 4, 1), BackwardConfig(16, 32, 4, 1))
@@ -21,16 +21,7 @@ GATES = {torch.float32: 2e-5, torch.float16: 1.5e-2, torch.bfloat16: 1.5e-2}
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Every buffer that the launcher asks for starts as NaN."""
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return empty if name == "empty" else getattr(torch, name)
-
-    def empty(*size, **options):
-        return torch.full(size, float("nan"), **options)
-
-    monkeypatch.setattr(module, "torch", Poisoned())
+    poison(monkeypatch, module)
 
 
 def definition(q, k, v, allowed, scale=None, sink=None, softcap=None):

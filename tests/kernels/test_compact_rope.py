@@ -18,7 +18,7 @@ from foveate.attention import Rope
 from foveate.attention.backends.triton import kv_compact as module
 from foveate.attention.backends.triton.kv_compact import kv_compact
 from foveate.errors import ShapeError
-from tests.kernels.definitions import DEVICE
+from tests.kernels.definitions import DEVICE, poison
 
 B, H, N, D = 2, 2, 70, 80
 # Angles of 70 positions in float32, and a rounding of the result.
@@ -27,16 +27,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3}
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Every buffer that the launcher asks for starts as NaN."""
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return empty if name == "empty" else getattr(torch, name)
-
-    def empty(*size, **options):
-        return torch.full(size, float("nan"), **options)
-
-    monkeypatch.setattr(module, "torch", Poisoned())
+    poison(monkeypatch, module)
 
 
 def draw(dtype=torch.float32):

@@ -10,21 +10,12 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from foveate.attention.backends.triton import score_reduce as module
 from foveate.attention.backends.triton.score_reduce import block_mass, column_mass, log_sum_exp
 from foveate.errors import ShapeError
-from tests.kernels.definitions import DEVICE, error, lse_error
+from tests.kernels.definitions import DEVICE, error, lse_error, poison
 
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Every buffer that the launchers ask for starts as NaN."""
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return empty if name == "empty" else getattr(torch, name)
-
-    def empty(*size, **options):
-        return torch.full(size, float("nan"), **options)
-
-    monkeypatch.setattr(module, "torch", Poisoned())
+    poison(monkeypatch, module)
 
 
 def draw(B=1, Hq=4, Hkv=2, M=50, N=80, D=32, dtype=torch.float32):

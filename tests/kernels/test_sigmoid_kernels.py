@@ -28,7 +28,7 @@ from foveate.attention.backends.triton.block_flash_bwd import block_flash_bwd
 from foveate.attention.backends.triton.configs import BackwardConfig, BlockConfig
 from foveate.attention.call import Call
 from foveate.errors import PlanError, ShapeError
-from tests.kernels.definitions import DEVICE, GATES, causal_counts, error
+from tests.kernels.definitions import DEVICE, GATES, causal_counts, error, poison
 from tests.kernels.test_block_flash import draw, draw_plan
 from tests.kernels.test_plans import HKV, HQ, lists, make, padded, some_blocks
 
@@ -40,17 +40,7 @@ GRADIENT_GATES = {torch.float32: 2e-5, torch.float16: 1.5e-2, torch.bfloat16: 1.
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Every buffer that the launchers ask for starts as NaN."""
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return empty if name == "empty" else getattr(torch, name)
-
-    def empty(*size, **options):
-        return torch.full(size, float("nan"), **options)
-
-    for module in (forward_module, backward_module):
-        monkeypatch.setattr(module, "torch", Poisoned())
+    poison(monkeypatch, forward_module, backward_module)
 
 
 def allowed_by(means, q, k, causal):

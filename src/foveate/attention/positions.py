@@ -82,11 +82,14 @@ class Rope:
     base: float = 10000.0
     style: str = "half"
 
+    def rates(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Radians per position of each pair: [dim/2]."""
+        return self.base ** (-torch.arange(0, self.dim, 2, dtype=dtype, device=device) / self.dim)
+
     def tables(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin [..., dim/2] of positions [...]."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        rates = self.base ** (-torch.arange(0, self.dim, 2, dtype=exact, device=positions.device) / self.dim)
-        angles = positions[..., None].to(exact) * rates
+        angles = positions[..., None].to(exact) * self.rates(exact, positions.device)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from foveate.compare.files import write_atomic
 from foveate.hf import apply
 from foveate.hf.compat import cache_keyword, new_dynamic_cache
 from foveate.hf.modules import text_config
@@ -66,14 +66,8 @@ class Bench:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write atomically."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         data = {"length": self.length, "environment": self.environment, "rows": [asdict(row) for row in self.rows]}
-        handle, made = tempfile.mkstemp(dir=target.parent, suffix=".json")
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file, indent=2)
-            file.write("\n")
-        os.replace(made, target)
+        write_atomic(Path(path), json.dumps(data, indent=2) + "\n")
 
 
 def bench(

@@ -172,10 +172,10 @@ def _moves(
             )
     pos = pos if pos.stride(-1) == 1 else pos.contiguous()
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    return pos, at, _rates(rope.dim, rope.base, dtype, k.device)
+    return pos, at, _rates(rope, dtype, k.device)
 
 
 @functools.lru_cache(maxsize=32)
-def _rates(dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Radians per position of each pair, as `Rope.tables` has them: [dim / 2]."""
-    return base ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+def _rates(rope: Rope, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`Rope.rates`, kept over calls."""
+    return rope.rates(dtype, device)
