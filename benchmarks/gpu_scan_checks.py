@@ -1,6 +1,8 @@
 """Correctness of the Triton scans on one GPU where nothing was timed: float32, normalisation, single steps, widths.
 
-    python benchmarks/gpu_scan_checks.py        writes gpu_scan_checks.json to $OUT, or benchmarks/results/
+    python benchmarks/gpu_scan_checks.py [--workers 12] [--seconds 600]
+
+Writes gpu_scan_checks.json to $OUT, or benchmarks/results/.
 
 Every row is an operator call judged in float64 by the chunked torch backend, outputs, states and gradients; a row over
 its gate says FAIL. `attention/backends/triton/scan.py` leaves to torch what is not found correct here.
@@ -8,13 +10,15 @@ its gate says FAIL. `attention/backends/triton/scan.py` leaves to torch what is 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import itertools
 import json
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -85,46 +89,63 @@ def stepped(form: str, width: tuple[int, int], dtype: torch.dtype, normalize: bo
     return {"error": max(errors), "state": relative(state, wanted)}
 
 
-def cases(kind: str, form: str) -> list[dict[str, Any]]:
-    """One process's rows."""
+def case(kind: str, form: str, width: tuple[int, int], dtype: torch.dtype, normalize: bool) -> dict[str, Any]:
+    """One row."""
     torch.manual_seed(0)
-    rows = []
-    for width, dtype, normalize in itertools.product(WIDTHS, GATES, (False, True)):
-        if normalize and ("delta" in form or width[0] > 128):
-            continue
-        if dtype == torch.float16 and width not in ((64, 64), (128, 128)):
-            continue
-        row = {"kind": kind, "form": form, "K": width[0], "V": width[1], "dtype": str(dtype), "normalize": normalize}
-        output, state, gradient = GATES[dtype]
-        try:
-            found = (scanned if kind == "scan" else stepped)(form, width, dtype, normalize)
-            limits = {"error": output, "state": state}
-            over = {name: each for name, each in found.items() if not each <= limits.get(name, gradient)}
-            row |= found
-            if over:
-                row["failed"] = f"over the gate: {over}"
-            torch.cuda.synchronize()
-        except Exception as problem:
-            row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
-        if row.get("failed"):
-            print("FAIL", row, flush=True)
-        rows.append(row)
-    return rows
+    row = {"kind": kind, "form": form, "K": width[0], "V": width[1], "dtype": str(dtype), "normalize": normalize}
+    output, state, gradient = GATES[dtype]
+    try:
+        found = (scanned if kind == "scan" else stepped)(form, width, dtype, normalize)
+        limits = {"error": output, "state": state}
+        over = {name: each for name, each in found.items() if not each <= limits.get(name, gradient)}
+        row |= found
+        if over:
+            row["failed"] = f"over the gate: {over}"
+        torch.cuda.synchronize()
+    except Exception as problem:
+        row["failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
+    if row.get("failed"):
+        print("FAIL", row, flush=True)
+    return row
+
+
+def wanted() -> list[tuple[str, str, tuple[int, int], torch.dtype, bool]]:
+    """All rows, those first whose kernels compile fast: float32 products of wide heads take minutes."""
+    made = [
+        (kind, form, width, dtype, normalize)
+        for dtype, kind, width, form, normalize in itertools.product(
+            (torch.bfloat16, torch.float16, torch.float32), ("step", "scan"), WIDTHS, FORMS, (False, True)
+        )
+        if not (normalize and ("delta" in form or width[0] > 128))
+        and not (dtype == torch.float16 and width not in ((64, 64), (128, 128)))
+    ]
+    return sorted(made, key=lambda each: (each[3] == torch.float32) * max(each[2]))
 
 
 def main() -> None:
-    # Kernels compile one after another within a process.
-    with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
-        parts = pool.map(cases, *zip(*itertools.product(("scan", "step"), FORMS)))
-        rows = [row for part in parts for row in part]
-    facts = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=600.0, help="rows that are not there by then are left out")
+    given = parser.parse_args()
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    (folder / "gpu_scan_checks.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(f"{len(rows)} rows, {sum('failed' in row for row in rows)} failed", flush=True)
+    todo, rows, began = wanted(), [], time.perf_counter()
+    pool = ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn"))
+    waiting = {pool.submit(case, *each) for each in todo}
+    while waiting and time.perf_counter() - began < given.seconds:
+        finished, waiting = wait(waiting, timeout=5.0, return_when=FIRST_COMPLETED)
+        rows += [each.result() for each in finished]
+        facts = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - began),
+            "rows_left_out": len(todo) - len(rows),
+        }
+        (folder / "gpu_scan_checks.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    print(f"{len(rows)} of {len(todo)} rows, {sum('failed' in row for row in rows)} failed", flush=True)
+    # What is still compiling must not hold up the end.
+    for process in pool._processes.values():
+        process.kill()
 
 
 if __name__ == "__main__":

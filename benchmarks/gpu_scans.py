@@ -35,20 +35,14 @@ from benchmarks.gpu_timing import ROWS, attempt, error, failed  # noqa: E402
 Candidate = tuple[Any, ...]
 # Chunk, value block, warps, stages.
 SCANS = [(64, 64, 4, 2), (64, 64, 4, 3)]
-# The same, registers and precision of the preparation, columns and warps of the sums, thread blocks per multiprocessor.
+# The same, registers and precision of the preparation, columns, warps and stages of the sums, thread blocks per
+# multiprocessor.
 DELTAS = [
-    (64, 128, 8, 2, None, "tf32", 128, 8, 1),
-    (64, 128, 8, 2, 168, "tf32", 128, 8, 1),
-    (64, 128, 8, 3, 128, "tf32", 128, 8, 1),
-    (64, 128, 8, 2, 168, "bf16", 128, 8, 1),
+    (64, 128, 8, 2, 168, "bf16", 64, 4, 2, 1),
+    (64, 128, 8, 3, 168, "bf16", 64, 4, 3, 1),
+    (64, 128, 8, 3, None, "bf16", 64, 4, 3, 1),
 ]
-LONG_DELTAS = [
-    (64, 128, 8, 2, 168, "bf16", 64, 4, 1),
-    (64, 128, 8, 3, 128, "bf16", 64, 4, 1),
-    (64, 128, 8, 2, 128, "bf16", 64, 4, 1),
-    (64, 128, 8, 2, 168, "bf16", 128, 8, 1),
-]
-TRAINED_DELTAS = [LONG_DELTAS[0]]
+LONG_DELTAS = [*DELTAS, (64, 128, 8, 3, 168, "bf16", 32, 4, 3, 1), (64, 128, 8, 4, 168, "bf16", 64, 4, 4, 1)]
 # Chunk, value block, warps, stages, warps of the scores.
 VECTORS = [(32, 64, 4, 1, 4), (32, 64, 4, 2, 4)]
 
@@ -84,7 +78,7 @@ JOBS = {
     "lightning_train": Job(16, 65536, "fixed", backward=True, floor=11, candidates=SCANS[:1]),
     "scalar_gate_train": Job(16, 65536, "scalar", backward=True, floor=11, candidates=SCANS[:1]),
     "vector_gate_train": Job(16, 65536, "vector", backward=True, floor=15, candidates=VECTORS),
-    "gated_delta_train": Job(16, 65536, "scalar", True, True, floor=12, candidates=TRAINED_DELTAS),
+    "gated_delta_train": Job(16, 65536, "scalar", True, True, floor=12, candidates=DELTAS),
 }
 # Correctness of the shipped tables alone, at other widths (K, V).
 for K, V in ((128, 16), (128, 32), (64, 64), (256, 256)):
@@ -125,10 +119,11 @@ class Case:
         if candidate is None:
             return
         if job.delta:
-            chunk, block_v, warps, stages, registers, solve, sum_v, sum_warps, per_sm = candidate
+            chunk, block_v, warps, stages, registers, solve, sum_v, sum_warps, sum_stages, per_sm = candidate
             self.config = DeltaConfig(
                 chunk, block_v, warps, stages,
-                prepare_registers=registers, solve=solve, sum_v=sum_v, sum_warps=sum_warps, per_sm=per_sm,
+                prepare_registers=registers, solve=solve, sum_v=sum_v, sum_warps=sum_warps, sum_stages=sum_stages,
+                per_sm=per_sm,
             )  # fmt: skip
         elif job.decay == "vector":
             self.config = VectorConfig(*candidate)

@@ -1,6 +1,6 @@
 """Agent attention's claim in small: few agents keep softmax attention's accuracy, at a cost that grows with N alone.
 
-python benchmarks/claims/agent.py [--device cuda] [--steps 1500] [--seeds 2]
+python benchmarks/claims/agent.py [--device cuda] [--steps 1500] [--seeds 2] [--data fashion-mnist]
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import argparse
 import time
 
 import torch
-from claim import record
-from images import TASK, accuracies, arguments, with_mixer
+from images import accuracies, arguments, record, with_mixer
 
 from foveate.mixers.base import create_mixer
 
@@ -43,7 +42,7 @@ def main() -> None:
     specs = ("softmax:rotary=false,causal=false", "linear:causal=false", "agent:pool=2", "agent:pool=4", "agent:pool=7")
     rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given)
     claim = "attention through few agents is as good as softmax attention and above plain linear attention"
-    record("agent", claim, given, started, task=TASK, rows=rows, seconds_by_tokens=seconds(given))
+    record("agent", claim, given, started, rows=rows, seconds_by_tokens=seconds(given))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 recent keys alone, or heavy ones alone, lose it.
 
     python benchmarks/claims/h2o.py [--length 1024] [--seeds 2]
+
+Beside it at the same budget: `observed-attention`, its normalised form without recent keys, which evicts once after
+the prompt (what follows is kept on top) or, with when=always, at every step; H2O once after the prompt; and
+StreamingLLM's four sinks and recent keys.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from claim import record
 from keeping import arguments, load, next_token
@@ -25,10 +30,16 @@ def main() -> None:
         f"h2o:budget={budget},recent={budget}",
         f"h2o:budget={budget},recent=0",
         f"h2o:budget={budget},normalize=true",
+        f"h2o:budget={budget},when=prompt",
+        f"observed-attention:budget={budget}",
+        f"observed-attention:budget={budget},when=always",
+        f"streaming-llm:sinks=4,window={budget - 4},schedule=after",
     ]
-    rows = next_token(model, tokenizer, methods, task, given)
     claim = "20 % of the cache, half heavy hitters and half recent keys, keeps quality"
-    record("h2o", claim, given, started, model=model, rows=rows)
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        rows += next_token(model, tokenizer, [method], task, given)
+        record("h2o", claim, given, started, model=model, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,52 @@
-"""What the claims about mixers of images share: a made-up image task, and a small vision transformer.
+"""What the claims about mixers of images share: two image tasks, and a small vision transformer.
 
-The task: an image of 32 x 32 holds three 6 x 6 glyphs out of ten, at even places, in noise; two of them are alike.
-Which one? Telling glyphs apart is local, finding the pair is not. Glyphs and images come from seeds; nothing is
-downloaded.
+glyphs: an image of 32 x 32 holds three 6 x 6 glyphs out of ten, at even places, in noise; two of them are alike.
+Which one? Telling glyphs apart is local, finding the pair is not. Glyphs and images come from seeds.
+fashion-mnist: which of ten kinds of clothes; Debian's package dataset-fashion-mnist, padded to 32 x 32.
 
-Every script takes --device, --steps, --seeds, --batch and --out, and records TASK.
+Every script takes --data, --folder, --device, --steps, --seeds, --batch and --out; fashion-mnist's result is
+<system>_fashion.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gzip
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import claim as claims
 import torch
 import torch.nn.functional as F
-from claim import parser
 from torch import Tensor, nn
 
 from foveate.mixers.base import create_mixer
 
-TASK = "which of ten glyphs is there twice in a noisy image of 32 x 32 (chance 0.1)"
+TASKS = {
+    "glyphs": "which of ten glyphs is there twice in a noisy image of 32 x 32 (chance 0.1)",
+    "fashion-mnist": "which of ten kinds of clothes, Fashion-MNIST's 60,000 images to train and 10,000 to test",
+}
+CLOTHES = Path("/usr/share/datasets/fashion-mnist")
 SIDE, GLYPH, KINDS, PATCH = 32, 6, 10, 4
 GRID = (SIDE // PATCH, SIDE // PATCH)
 
 
 def arguments(doc: str | None, *, steps: int = 1500, seeds: int = 2) -> argparse.Namespace:
-    return parser(doc, steps=steps, seeds=seeds, batch=128).parse_args()
+    made = claims.parser(doc, steps=steps, seeds=seeds, batch=128, folder=CLOTHES)
+    made.add_argument("--data", choices=tuple(TASKS), default="glyphs")
+    given = made.parse_args()
+    if given.data == "fashion-mnist" and not (given.folder / "t10k-images-idx3-ubyte.gz").is_file():
+        made.error(f"{given.folder} has no Fashion-MNIST: apt install dataset-fashion-mnist, or give --folder")
+    return given
+
+
+def record(name: str, claim: str, given: argparse.Namespace, started: float, **rows: Any) -> None:
+    """`claim.record`, with the task; each task has its own file."""
+    suffix = "" if given.data == "glyphs" else "_fashion"
+    claims.record(name + suffix, claim, given, started, task=TASKS[given.data], **rows)
 
 
 def scenes(count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
@@ -48,6 +67,33 @@ def scenes(count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
     drawn = glyphs[torch.stack((kinds[:, 0], kinds[:, 0], kinds[:, 1]), 1)]
     images[torch.arange(count)[:, None, None, None], rows, columns] += drawn
     return images[:, None].to(device), kinds[:, 0].to(device)
+
+
+@functools.cache
+def clothes(part: str, folder: Path, device: str) -> tuple[Tensor, Tensor]:
+    """All images [N, 1, 32, 32] of mean 0 and deviation 1, and their kinds [N]. part: "train" or "t10k"."""
+    with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
+        pixels = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
+    with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
+        kinds = torch.frombuffer(bytearray(file.read()[8:]), dtype=torch.uint8).long()
+    images = F.pad(pixels.float() / 255, (2, 2, 2, 2))
+    return ((images - 0.219) / 0.332).to(device), kinds.to(device)
+
+
+def batch_of(given: argparse.Namespace, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """What is trained on at one step."""
+    if given.data == "glyphs":
+        return scenes(given.batch, seed * 10**6 + step, given.device)
+    images, kinds = clothes("train", given.folder, given.device)
+    random = torch.Generator().manual_seed(seed * 10**6 + step)
+    chosen = torch.randint(len(images), (given.batch,), generator=random).to(given.device)
+    return images[chosen], kinds[chosen]
+
+
+def tests_of(given: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor]:
+    if given.data == "glyphs":
+        return scenes(2048, 10**9 + seed, given.device)
+    return clothes("t10k", given.folder, given.device)
 
 
 class Block(nn.Module):
@@ -95,14 +141,14 @@ def trained(block: Callable[[int], nn.Module], given: argparse.Namespace, seed: 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=given.steps, pct_start=0.1)
     for step in range(given.steps):
-        images, kinds = scenes(given.batch, seed * 10**6 + step, given.device)
+        images, kinds = batch_of(given, seed, step)
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(images), kinds).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     model.eval()
-    images, kinds = scenes(2048, 10**9 + seed, given.device)
+    images, kinds = tests_of(given, seed)
     with torch.no_grad():
         found = torch.cat([model(each).argmax(-1) for each in images.split(256)])
     return model, float((found == kinds).float().mean())

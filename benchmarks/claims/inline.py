@@ -2,7 +2,7 @@
 
 Also measured: how far apart weights stand for a query and for twice the query, which division makes equal.
 
-    python benchmarks/claims/inline.py [--device cuda] [--steps 1500] [--seeds 2]
+    python benchmarks/claims/inline.py [--device cuda] [--steps 1500] [--seeds 2] [--data fashion-mnist]
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 
 import torch
-from claim import record
-from images import GRID, TASK, accuracies, arguments, with_mixer
+from images import GRID, accuracies, arguments, record, with_mixer
 
 from foveate.attention.linear import kv_matmul_attention
 
@@ -43,9 +42,7 @@ def main() -> None:
     )
     rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given)
     claim = "with an injective normaliser and a local residual, linear attention does better than softmax attention"
-    record(
-        "inline", claim, given, started, task=TASK, rows=rows, distance_of_weights_of_q_and_2q=distance(given.device)
-    )
+    record("inline", claim, given, started, rows=rows, distance_of_weights_of_q_and_2q=distance(given.device))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """L2ViT's claim in small: global linear attention is too flat by itself; a local concentration after it, and layers of
 local windows between, make up for it.
 
-    python benchmarks/claims/l2vit.py [--device cuda] [--steps 1500] [--seeds 2]
+    python benchmarks/claims/l2vit.py [--device cuda] [--steps 1500] [--seeds 2] [--data fashion-mnist]
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from claim import record
-from images import TASK, accuracies, arguments, with_mixer
+from images import accuracies, arguments, record, with_mixer
 from torch import Tensor, nn
 
 from foveate.mixers.linear.l2vit import GlobalBlock, WindowBlock
@@ -50,7 +49,7 @@ def main() -> None:
     }
     rows, _ = accuracies(blocks, given)
     claim = "a local concentration after global linear attention, and windows between, raise its accuracy"
-    record("l2vit", claim, given, started, task=TASK, rows=rows)
+    record("l2vit", claim, given, started, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """MALA's claim in small: its weights grow sharper with the query's size, as softmax's do and linear attention's do not,
 and it does better than linear attention in the same network.
 
-    python benchmarks/claims/mala.py [--device cuda] [--steps 1500] [--seeds 2]
+    python benchmarks/claims/mala.py [--device cuda] [--steps 1500] [--seeds 2] [--data fashion-mnist]
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 
 import torch
-from claim import record
-from images import GRID, TASK, accuracies, arguments, with_mixer
+from images import GRID, accuracies, arguments, record, with_mixer
 
 from foveate.attention.features import elu_plus_one
 from foveate.attention.linear import kv_matmul_attention
@@ -42,7 +41,7 @@ def main() -> None:
     specs = ("softmax:rotary=false,causal=false", "linear:causal=false", "mala", "mala:attention=softmax")
     rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given)
     claim = "weights sharpen with the size of the query, and accuracy rises above plain linear attention"
-    record("mala", claim, given, started, task=TASK, rows=rows, largest_weight=sharpness(given.device))
+    record("mala", claim, given, started, rows=rows, largest_weight=sharpness(given.device))
 
 
 if __name__ == "__main__":

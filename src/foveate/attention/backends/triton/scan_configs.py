@@ -99,7 +99,7 @@ class DeltaConfig:
 # `benchmarks/gpu_scans.py` on one H200, 2026-11-24 (Triton 3.6.0, bfloat16). 64 and 256: correct there, not tuned.
 DELTA: dict[int, DeltaConfig] = {
     64: DeltaConfig(64, 64, 4, 2),
-    128: DeltaConfig(64, 128, 8, 2, prepare_registers=168, per_sm=1, solve="bf16"),
+    128: DeltaConfig(64, 128, 8, 3, prepare_registers=168, sum_stages=3, per_sm=1, solve="bf16"),
     256: DeltaConfig(32, 64, 8, 1, sum_v=64, sum_warps=8, sum_stages=1, back_warps=8, back_stages=1),
 }
 
