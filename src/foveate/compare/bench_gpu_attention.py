@@ -108,12 +108,13 @@ def _slots(blocks: Tensor, block: int) -> Tensor:
 
 
 def random_prompt(sizes: AttentionSizes, n: int, density: float, device: torch.device) -> Prompt:
-    """Random blocks, each query block's own always among them."""
+    """Random blocks, each query block's own always among them; `density` of the causal ones in the mean."""
     own = generator(device)
     q = torch.randn(1, sizes.heads, n, sizes.head_dim, device=device, dtype=sizes.dtype, generator=own)
     k, v = torch.randn(2, 1, sizes.kv_heads, n, sizes.head_dim, device=device, dtype=sizes.dtype, generator=own)
     rows = n // sizes.block
-    tiles = torch.rand(1, sizes.heads, rows, rows, device=device, generator=own) < density
+    others = max(0.0, density * (rows + 1) - 2) / max(1, rows - 1)
+    tiles = torch.rand(1, sizes.heads, rows, rows, device=device, generator=own) < others
     tiles = (tiles | torch.eye(rows, dtype=torch.bool, device=device)).tril()
     return Prompt(q, k, v, tiles, sizes.block)
 

@@ -31,13 +31,18 @@ def why_not(call: LinearCall) -> str | None:
 
 
 def unchecked(call: LinearCall) -> str | None:
-    """Why backend="auto" leaves a call to torch although the kernels could run it: no configuration of its kind was
-    found correct on a GPU yet (`benchmarks/gpu_scans.py` and `gpu_scan_checks.py`, or `foveate tune` here)."""
-    if call.k.shape[1] == 1:
-        return "single steps were not checked on a GPU yet; backend='triton' runs them all the same"
-    if call.q.dtype == torch.float32 or call.normalize:
-        what = "normalisation" if call.normalize else "float32"
-        return f"{what} was not checked on a GPU yet; backend='triton' runs it all the same"
+    """Why backend="auto" leaves a call to torch although the kernels could run it: its kind was not found correct on a
+    GPU (`benchmarks/gpu_scans.py` and `gpu_scan_checks.py`)."""
+    step, dtype = call.k.shape[1] == 1, call.q.dtype
+    if dtype == torch.float32 or (dtype == torch.float16 and (step or call.normalize)):
+        what = "single steps" if step else "normalisation" if call.normalize else "scans"
+        return f"{what} in {dtype} were not checked on a GPU; backend='triton' runs them all the same"
+    if call.beta is not None and not step and call.q.shape[-1] < 32:
+        return f"the delta rule with K = {call.q.shape[-1]} < 32 errs by more than 5e-3; backend='triton' runs it"
+    if call.normalize and call.q.shape[-1] > 128:
+        return f"normalisation with K = {call.q.shape[-1]} > 128 was not checked on a GPU; backend='triton' runs it"
+    if call.normalize and call.g is not None and call.g.dim() == 1 and call.g.requires_grad and torch.is_grad_enabled():
+        return "gradients of fixed decays with normalisation err by up to 5e-2; backend='triton' makes them"
     return None
 
 
