@@ -31,7 +31,7 @@ from foveate.attention.linear import linear_scan, linear_step  # noqa: E402
 
 WIDTHS = ((16, 64), (32, 32), (64, 64), (64, 128), (80, 80), (128, 128), (256, 256))
 FORMS = ("none", "fixed", "scalar", "vector", "delta", "gated delta")
-# Largest relative error of outputs, states and gradients; design/kernels.md, 4e. Single steps keep float32 states.
+# Largest relative error of outputs, states and gradients; docs/kernels.md, "Numeric gates".
 GATES = {torch.float32: (1e-5, 1e-4, 1e-4), torch.bfloat16: (5e-3, 1e-2, 2e-2), torch.float16: (5e-3, 1e-2, 2e-2)}
 
 

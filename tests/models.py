@@ -19,6 +19,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    # Without a window in its full layers, though their modules have one; those have no rotary embedding either.
+    "exaone4": {"sliding_window": 8, "layer_types": HYBRID},
+    # Its layers get their cache as `layer_past`.
+    "gpt_neox": {},
     "phi3": {},
     "cohere": {},
     "glm": {},

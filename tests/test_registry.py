@@ -127,6 +127,90 @@ def test_cards_are_plain_data() -> None:
         assert card.summary, name
 
 
+@pytest.mark.parametrize(
+    ("spec", "given_options", "error", "message"),
+    [
+        ("softmax", {}, OptionError, r"softmax needs the options dim \(int\); give them as dim=VALUE"),
+        ("softmax", {"dim": "a"}, OptionError, "softmax: dim='a', allowed: a value of type int"),
+        ("softmax:dim=8,window=wide", {}, OptionError, r"softmax: window='wide', allowed: a value of type int \| None"),
+        ("softmax:dim=8", {"widnow": 4}, UnknownNameError, "softmax has no option 'widnow'; did you mean window"),
+        ("snapkv", {"budget": 0}, OptionError, "snapkv: budget=0, allowed: >= 1"),
+        ("data-file", {}, OptionError, r"data-file needs the options path \(str\)"),
+        ("", {}, UnknownNameError, "there is no mechanism ''"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(
+    spec: str, given_options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        registry.create(spec, **given_options)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("nope", registry.METHOD_KINDS, "there is no method 'nope'; there are: adakv, .*"),
+        ("nprff", "task", "there is no task 'nprff'; there are: common-words, .*"),
+        ("nprff", ("mixer", "probe"), r"there is no mixer or probe 'nprff'; did you mean nprf\?"),
+        ("passkey", registry.METHOD_KINDS, "'passkey' is a task, not a method; methods are: adakv, .*"),
+    ],
+)
+def test_suggestions_are_of_the_kind_asked_for(name: str, kind: str | tuple[str, ...], message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        registry.card(name, kind=kind)
+
+
+class Told:
+    """A base.
+
+    Options start with:
+        dim: channels C, no more
+            than 8.
+        heads: heads.    eps: added, as `dim: x` is.
+
+    Class attributes:
+        causal: not an option's help, but it is named like one.
+    """
+
+
+class Telling(Told):
+    """Options in one paragraph: summary: no option.
+
+    heads: not used.    first, second,
+    third: three that
+    share a line.    The last word: none.    kind: "a" or "b".
+    """
+
+    def __init__(
+        self, *, dim: int, heads: int = 1, eps: float = 0.1, first: int = 1, second: int = 2, third: int = 3,
+        kind: str = "a", summary: str = "", silent: bool = False,
+    ) -> None: ...  # fmt: skip
+
+
+def test_help_is_read_from_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_CARDS", {})
+    registry.register("telling", kind="mixer", paper="none", year=2026, applies_to="tests")(Telling)
+    shared = "three that share a line. The last word: none."
+    assert {each.name: each.help for each in registry._CARDS["telling"].options} == {
+        "dim": "channels C, no more than 8.",
+        "heads": "not used.",
+        "eps": "added, as `dim: x` is.",
+        "first": shared,
+        "second": shared,
+        "third": shared,
+        "kind": '"a" or "b".',
+        "summary": "",
+        "silent": "",
+    }
+
+
+def test_mixers_say_what_their_options_are() -> None:
+    silent = [
+        (card.name, option.name) for card in registry.cards(kind="mixer") for option in card.options if not option.help
+    ]
+    assert silent == []
+
+
 def test_wildcards_and_kinds() -> None:
     assert "snapkv" in registry.names("*kv*")
     assert "snapkv" not in registry.names(kind="task")

@@ -27,7 +27,7 @@ class ToyTokenizer:
             self.words.setdefault(self.ids[word], word)
         return self.ids[word]
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [self._id(word) for word in re.findall(r"\w+|\n+|[^\w\s]", text)]}
 
     def decode(self, ids: list[int]) -> str:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from foveate.errors import OptionError, UnknownNameError
@@ -76,10 +78,14 @@ class Option:
     def required(self) -> bool:
         return self.default is _MISSING
 
-    def check(self, owner: str, value: Any) -> None:
-        """Raise OptionError unless `value` has the option's type and lies within its bounds."""
+    def check(self, owner: str, value: Any) -> Any:
+        """The value as it is to be kept: numbers of other libraries (numpy) as Python's own.
+
+        Raises OptionError unless it has the option's type, lies within its bounds and, if a number, is finite.
+        """
         if value is None and type(None) in self.accepts:
-            return
+            return None
+        value = _plain(value)
         fits = not self.accepts or isinstance(value, self.accepts)
         if bool not in self.accepts and isinstance(value, bool) and self.accepts:
             fits = False
@@ -87,8 +93,18 @@ class Option:
             fits = True
         if not fits:
             raise OptionError(f"{owner}: {self.name}={value!r}, allowed: a value of type {self.type}")
+        if isinstance(value, float) and not math.isfinite(value):
+            limits = "" if self.bounds == Bounds() else f" {self.bounds}"
+            raise OptionError(f"{owner}: {self.name}={value!r}, allowed: a finite number{limits}")
         if value is not None and self.bounds.refuses(value):
             raise OptionError(f"{owner}: {self.name}={value!r}, allowed: {self.bounds}")
+        return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Integral):
+        return value if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def option(
@@ -159,7 +175,10 @@ def options_of(target: type) -> tuple[Option, ...]:
 def check_fields(instance: Any) -> None:
     """Check every option of a dataclass instance; called by `Method.__post_init__` and its like."""
     for each in options_of(type(instance)):
-        each.check(type(instance).__name__, getattr(instance, each.name))
+        given = getattr(instance, each.name)
+        kept = each.check(type(instance).__name__, given)
+        if kept is not given:
+            object.__setattr__(instance, each.name, kept)
 
 
 def check_names(owner: str, given: Iterable[str], options: Iterable[Option]) -> None:
@@ -205,6 +224,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise OptionError(f"{spec!r}: {part!r} is not an option; write NAME:option=value,option=value")
+        if key.strip() in options:
+            raise OptionError(f"{spec!r}: option {key.strip()!r} is given twice; give it once")
         options[key.strip()] = parse_value(value)
     return name.strip(), options
 

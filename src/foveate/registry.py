@@ -6,14 +6,16 @@ on the first question, so `import foveate` stays cheap.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from foveate.errors import FoveateError, UnknownNameError
+from foveate.errors import FoveateError, OptionError, UnknownNameError
 from foveate.options import Option, check_names, nearest, options_of, parse_spec
 
 ROOMS = (
@@ -136,7 +138,7 @@ def register(
             summary=" ".join(summary.split()),
             target=target,
             arxiv=arxiv,
-            options=options_of(target),
+            options=_documented(target),
             exact=exact,
             small=small,
             known=dict(known or {}),
@@ -147,6 +149,33 @@ def register(
         return target
 
     return decorate
+
+
+# An option in a class's docstring: "expand_k, expand_v: total widths over dim.", after a gap or a line's end.
+_TOLD = re.compile(r"(?:^|\s{2,})(?P<names>\w+(?:,\s+\w+)*):\s")
+
+
+def _documented(target: type) -> tuple[Option, ...]:
+    """The options of a class; help that a declaration lacks is read from its docstring, or that of a base class."""
+    told: dict[str, str] = {}
+    for base in reversed(target.__mro__):
+        told.update(_told(base.__dict__.get("__doc__") or ""))
+    return tuple(
+        each if each.help or each.name not in told else dataclasses.replace(each, help=told[each.name])
+        for each in options_of(target)
+    )
+
+
+def _told(doc: str) -> dict[str, str]:
+    """What a docstring says of each name after its summary."""
+    found = {}
+    for paragraph in doc.split("\n\n")[1:]:
+        entries = [*_TOLD.finditer(paragraph)]
+        for entry, following in zip(entries, [*entries[1:], None]):
+            end = None if following is None else following.start()
+            for name in re.split(r",\s+", entry["names"]):
+                found[name] = " ".join(paragraph[entry.end() : end].split())
+    return found
 
 
 def discover() -> None:
@@ -185,19 +214,41 @@ def cards(*, kind: str | tuple[str, ...] | None = None) -> list[Card]:
     return [_CARDS[name] for name in names(kind=kind)]
 
 
-def card(name: str) -> Card:
-    """The card of one mechanism; an unknown name raises UnknownNameError with the nearest ones."""
-    discover()
-    try:
+def card(name: str, *, kind: str | tuple[str, ...] | None = None) -> Card:
+    """The card of one mechanism.
+
+    kind: what it must be, METHOD_KINDS for a method. Raises UnknownNameError for an unknown name, and for one of
+    another kind, with the nearest names of the kind asked for.
+    """
+    known = names(kind=kind)
+    if name in known:
         return _CARDS[name]
-    except KeyError:
-        raise UnknownNameError(f"there is no mechanism {name!r}{nearest(name, _CARDS)}") from None
+    wanted = _noun(kind)
+    if name in _CARDS:
+        raise UnknownNameError(f"{name!r} is a {_CARDS[name].kind}, not a {wanted}; {wanted}s are: {', '.join(known)}")
+    raise UnknownNameError(f"there is no {wanted} {name!r}{nearest(name, known)}")
+
+
+def _noun(kind: str | tuple[str, ...] | None) -> str:
+    if kind is None or kind == METHOD_KINDS:
+        return "mechanism" if kind is None else "method"
+    return kind if isinstance(kind, str) else " or ".join(kind)
 
 
 def create(name: str, **options: Any) -> Any:
-    """Make a mechanism by name; `name` may be a spec such as `"snapkv:budget=1024"`."""
+    """Make a mechanism by name; `name` may be a spec such as `"snapkv:budget=1024"`.
+
+    Raises UnknownNameError for an unknown name or option, OptionError for a bad value or a missing option.
+    """
     name, parsed = parse_spec(name)
     found = card(name)
     options = {**parsed, **options}
     check_names(name, options, found.options)
+    missing = [each for each in found.options if each.required and each.name not in options]
+    if missing:
+        needed = ", ".join(f"{each.name} ({each.type})" for each in missing)
+        raise OptionError(f"{name} needs the options {needed}; give them as {missing[0].name}=VALUE")
+    for each in found.options:
+        if each.name in options:
+            options[each.name] = each.check(name, options[each.name])
     return found.target(**options)

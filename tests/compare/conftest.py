@@ -1,4 +1,4 @@
-"""One tiny model and tokenizer for the whole room."""
+"""One tiny model and tokenizer for the whole room, and kernels' baselines without a compiler."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from foveate.compare import bench_gpu_attention
 from tests.compare.small import byte_model, byte_tokenizer
 
 
@@ -17,3 +18,14 @@ def model() -> Any:
 @pytest.fixture(scope="package")
 def tokenizer() -> Any:
     return byte_tokenizer()
+
+
+@pytest.fixture
+def no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own paths, and no FlexAttention, which then is a baseline that fails."""
+    monkeypatch.setenv("FOVEATE_BACKEND", "torch")
+
+    def no_flex() -> Any:
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(bench_gpu_attention, "compiled_flex", no_flex)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from foveate.compare.cells import CellStore
-from foveate.compare.files import compact, document, make_folder, write_atomic
+from foveate.compare.files import check_file, compact, document, make_folder, write_atomic
 from foveate.errors import FoveateError, ResultsError
 
 
@@ -53,6 +53,16 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"the folder .*out cannot be made \(File exists\)"):
         make_folder(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_place_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_file(tmp_path / "new" / "a.json") == tmp_path / "new" / "a.json"
+    assert os.listdir(tmp_path / "new") == []
+    with pytest.raises(ResultsError, match="new is a folder, and a file is needed"):
+        check_file(tmp_path / "new")
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    with pytest.raises(ResultsError, match=r"a\.json cannot be written \(No space left on device\)"):
+        check_file(tmp_path / "a.json")
 
 
 def test_results_errors_are_both_ours_and_os_errors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -212,3 +213,13 @@ def test_the_ends_of_answers_come_from_model_and_tokenizer(model: Any) -> None:
 
     assert Subject.of(model, Other()).eos == {2, 77}
     assert Subject.of(model).cache_keyword in ("past_key_values", "cache")
+
+
+def test_a_stopwatch_waits_for_the_device_before_and_after(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Subject, "wait", lambda self: order.append("wait"))
+    with Subject.of(model).timed() as watch:
+        order.append("work")
+        time.sleep(0.01)
+    assert order == ["wait", "work", "wait"]
+    assert 0.01 <= watch.seconds < 10

@@ -108,7 +108,7 @@ def test_results_json_is_the_documented_schema(comparison: Comparison, tmp_path:
     assert set(data) == {"schema_version", "environment", "model", "settings", "rows", "break_even"}
     where = data["environment"]
     assert set(where["versions"]) == {"python", "torch", "transformers", "foveate"}
-    assert {"device", "threads", "date", "loadavg", "platform", "peak_bytes_kind"} <= set(where)
+    assert {"device", "command", "threads", "date", "loadavg", "platform", "peak_bytes_kind"} <= set(where)
     assert {"name", "parameters", "dtype", "layers", "kv_heads", "head_dim"} <= set(data["model"])
     assert (data["model"]["layers"], data["model"]["kv_heads"], data["model"]["dtype"]) == (3, 2, "float32")
     assert data["rows"] == comparison.rows
@@ -257,10 +257,14 @@ def test_break_even_lengths_can_be_timed_apart(model: Any, tokenizer: Any, tmp_p
         ({"methods": ["snapvk"]}, UnknownNameError, "snapvk.*did you mean snapkv"),
         ({"methods": ["snapkv:bugdet=3"]}, UnknownNameError, "bugdet"),
         ({"methods": ["snapkv:budget=0"]}, OptionError, "budget=0, allowed: >= 1"),
-        ({"methods": ["passkey"]}, CompositionError, "'passkey' is a task, not a method"),
+        ({"methods": ["passkey"]}, UnknownNameError, "'passkey' is a task, not a method"),
+        ({"methods": ["nope"]}, UnknownNameError, "there is no method 'nope'; there are: adakv"),
+        ({"methods": ["snapkv+"]}, UnknownNameError, "lacks the name of a method"),
+        ({"methods": ["adakv+snapkv"]}, CompositionError, "both evict"),
         ({"methods": "full"}, OptionError, "methods='full', allowed: a list of specs"),
         ({"tasks": ["niah-singel"]}, UnknownNameError, "niah-singel.*niah-single"),
-        ({"tasks": ["snapkv"]}, OptionError, "'snapkv' is a keep, allowed: .*passkey"),
+        ({"tasks": ["snapkv"]}, UnknownNameError, "'snapkv' is a keep, not a task; tasks are: .*passkey"),
+        ({"tasks": ["nope"]}, UnknownNameError, "there is no task 'nope'; there are: common-words"),
         ({"tasks": []}, OptionError, "at least one of .*passkey"),
         ({"tasks": ["data-file:path=/nowhere/at-all.jsonl"]}, DataError, r"at-all\.jsonl: cannot be read"),
         ({"lengths": []}, OptionError, "lengths=.*at least one"),
@@ -294,6 +298,12 @@ def test_bad_input_is_refused_before_any_work(
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the tokenizer makes token \d+, and the model has 64.*from the same place"):
         run(byte_model(vocab_size=64), tokenizer, tmp_path / "out")
+
+
+def test_no_tokenizer_is_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="compare: tokenizer=None, allowed: the model's own tokenizer"):
+        run(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_something_that_is_no_model_is_refused(tokenizer: Any, tmp_path: Path) -> None:

@@ -184,7 +184,9 @@ def test_hybrids_have_full_attention_after_every_so_many_layers() -> None:
         ({"mixers": ["glaa"]}, UnknownNameError, "no mixer 'glaa'.*gla"),
         ({"mixers": ["performer"]}, OptionError, "'performer' is not causal, allowed in a study: .*gla"),
         ({"mixers": []}, OptionError, "allowed: a list of specs"),
-        ({"ratios": [3]}, OptionError, "ratios: 3 in stacks of 2 layers"),
+        ({"ratios": [3]}, OptionError, "ratios: 3 in stacks of 2 layers, allowed: layers >= 5 for it .*, or no ratios"),
+        ({"ratios": [3], "layers": 4}, OptionError, "ratios: 3 in stacks of 4 layers, .* layers >= 5 .* up to 2"),
+        ({"ratios": [0]}, OptionError, "ratios: 0, allowed: >= 1, layers of the mixer for one of full attention"),
         ({"rates": [2.0]}, OptionError, r"rates=\[2.0\]"),
         ({"workers": 0}, OptionError, "workers=0"),
         ({"minutes": 0}, OptionError, "minutes=0"),
@@ -226,6 +228,7 @@ def test_the_command_writes_numbers_and_a_page_that_holds_them(tmp_path: Path) -
     assert json.loads(embedded[1]) == json.loads((tmp_path / "study.json").read_text()) == study.as_dict()
     assert not re.search(r'(src|href)="http', page.split("<script>")[0])
     assert study.table().row_count == 2
+    assert {"command", "versions", "device", "date"} <= set(study.environment)
 
 
 @pytest.mark.browser

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import Rope
+from foveate.methods.budgets import layer_budgets, sparsify_heads
 from foveate.methods.calibrated import table_profile
-from foveate.methods.keep.compresskv import CompressKV, layer_budgets
-from foveate.methods.keep.duo import Duo, gated_mix, sparsify_heads, streaming_attention, streaming_plan
+from foveate.methods.keep.compresskv import CompressKV
+from foveate.methods.keep.duo import Duo, gated_mix, streaming_attention, streaming_plan
 from foveate.methods.profile import ModelIdentity
 from foveate.methods.single import SingleLayer
 from foveate.probes.retrieval_heads import semantic_hits

@@ -236,7 +236,7 @@ def test_a_model_without_the_attention_interface_is_refused() -> None:
 
 def test_a_model_of_windows_only_is_refused() -> None:
     model = tiny("mistral", sliding_window=8)
-    with pytest.raises(UnsupportedModelError, match="sliding window of its own"):
+    with pytest.raises(UnsupportedModelError, match="sliding window or chunk of its own"):
         apply(model, SNAP)
     ids, _ = prompts(rows=1, pads=(0,))
     expected = generate(model, ids)

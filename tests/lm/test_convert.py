@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,23 +21,16 @@ from foveate.errors import (
 )
 from foveate.hf.calibrations.base import Work
 from foveate.lm import HybridLM
-from foveate.lm.convert import Conversion, convert, run_convert
+from foveate.lm.convert import run_convert
 from foveate.lm.convert_config import ConvertConfig
 from foveate.lm.data import PackedText, load_tokenizer
 from foveate.lm.distill import distill, learned, overhearing, student_loss
 from foveate.lm.pretrained import as_hybrid, mixer_at, replace_layers
 from foveate.lm.stages import batch_rows, rate_factor
+from tests.lm.converting import IDS, biased, converted, llama, logits
 from tests.models import tiny
 
 pytest.importorskip("peft", reason="finetuning needs peft")
-
-VOCAB = 264
-IDS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(0))
-
-
-def llama(**options: Any) -> Any:
-    """Four layers, with weights wide enough for attention to be anything but even."""
-    return tiny(vocab_size=VOCAB, num_hidden_layers=4, initializer_range=0.3, **options)
 
 
 @pytest.fixture
@@ -48,23 +40,20 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def converted(text: str, model: Any = None, to: str = "hedgehog", **settings: Any) -> Conversion:
-    given = {"length": 32, "distill_steps": 4, "finetune_steps": 4, "progress": False, **settings}
-    return convert(llama() if model is None else model, load_tokenizer(), to, text=(text,), **given)
-
-
-def logits(model: Any, ids: Tensor = IDS, **given: Any) -> Tensor:
-    with torch.no_grad():
-        return model(ids, **given).logits
-
-
 @pytest.mark.parametrize(
     "family, options",
-    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("llama", {"head_dim": 24}), ("qwen3", {})],
-    ids=["llama", "tied", "wide-heads", "qwen3"],
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"head_dim": 24}),
+        ("qwen3", {}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+    ],
+    ids=["llama", "tied", "wide-heads", "qwen3", "qwen2", "qwen2-tied"],
 )
 def test_a_llama_like_model_becomes_a_hybrid_that_computes_the_same(family, options):
-    model = tiny(family, **options)
+    model = biased(tiny(family, **options))
     made = as_hybrid(model)
     assert torch.allclose(logits(made), logits(model), atol=1e-5)
     assert made.config.tie_embeddings == model.config.tie_word_embeddings
@@ -75,7 +64,8 @@ def test_a_llama_like_model_becomes_a_hybrid_that_computes_the_same(family, opti
     "family, options, message",
     [
         ("phi3", {}, "weights '.*qkv_proj.weight' that Llama's layout lacks"),
-        ("llama", {"attention_bias": True}, "weights '.*q_proj.bias' that Llama's layout lacks"),
+        ("llama", {"attention_bias": True}, "weights '.*o_proj.bias' that Llama's layout lacks"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "with a sliding window"),
         ("mistral", {"sliding_window": 8}, "layers with a sliding window"),
         ("gemma3_text", {}, "allowed for conversion: rope_type 'default' with one rope_theta"),
         (
@@ -239,11 +229,13 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize(
     "after, finetune",
-    [(3, "lora"), (5, "full"), (9, "lora"), (9, "full")],
-    ids=["distilling", "between", "low-rank", "full"],
+    [(3, "lora"), (5, "full"), (9, "lora"), (9, "full"), (12, "lora"), (12, "full")],
+    ids=["distilling", "between", "low-rank", "full", "longer-low-rank", "longer-full"],
 )
 def test_an_interrupted_conversion_ends_where_a_whole_one_does(text, tmp_path, monkeypatch, after, finetune):
     settings = {"save_every": 2, "finetune": finetune, "finetune_steps": 6, "to": "hedgehog"}
+    if after > 10:
+        settings |= {"extend": (48,), "extend_steps": 4}
     whole = converted(text, out=tmp_path / "whole", **settings)
     notes: list[str] = []
     stopped: list[bool] = []
@@ -329,8 +321,24 @@ def test_the_command_loads_a_folder_and_keeps_the_result(text, tmp_path):
     assert made.layers == (0, 2)
     assert str(made).startswith("2 of 4 layers are hedgehog:heads=4,")
     assert str(tmp_path / "run" / "model") in str(made)
-    with pytest.raises(OptionError, match="layers='one', allowed: whole numbers separated by commas"):
-        run_convert(layers="one", out=tmp_path / "other")
+    longer = run_convert(
+        model=str(tmp_path / "base"),
+        to="gla,softmax",
+        text=[text],
+        out=tmp_path / "longer",
+        settings=("length=32", "distill_steps=0", "finetune_steps=0", "extend_steps=1", "finetune=full", "upcycle=2"),
+        extend="48,64",
+        dense_layers="0,1",
+        device="cpu",
+        progress=False,
+    )
+    assert list(longer.losses) == ["extend-48", "extend-64"]
+    assert (longer.layers, longer.model.config.dense_layers) == ((0, 2), [0, 1])
+    for name in ("layers", "extend", "dense_layers"):
+        with pytest.raises(OptionError, match=f"{name}='one', allowed: whole numbers separated by commas"):
+            run_convert(**{name: "one"}, out=tmp_path / "other")
+    with pytest.raises(OptionError, match="dense_layers among the settings, allowed: its own argument, --dense-layers"):
+        run_convert(out=tmp_path / "other", settings=["dense_layers=3"])
     with pytest.raises(OptionError, match="text among the settings, allowed: its own argument, --text"):
         run_convert(out=tmp_path / "other", settings=["text=book.txt"])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import foveate as fv
-from foveate.errors import OptionError, ShapeError, UnsupportedCacheError
+from foveate.errors import OptionError, ShapeError, StateError, UnsupportedCacheError
 from foveate.lm import HybridCache, HybridConfig, HybridLM
 from foveate.lm.cache import CACHE_NAME
 
@@ -296,3 +296,62 @@ def test_bad_input():
         model(ids[:1], attention_mask=mask[:1], cu_seqlens=torch.tensor([0, 16]))
     with pytest.raises(ShapeError, match="goes from 0 to 15, allowed: from 0 to T = 16"):
         model(ids[:1], cu_seqlens=torch.tensor([0, 15]))
+    with pytest.raises(ShapeError, match=r"HybridLM: input_ids \[3, 0\] has N = 0, allowed: at least one token"):
+        model(ids[:, :0])
+    with pytest.raises(ShapeError, match=r"HybridLM: inputs_embeds \[3, 0, 32\] has N = 0"):
+        model(inputs_embeds=torch.zeros(3, 0, 32))
+    with pytest.raises(ShapeError, match=r"input_ids \[16\] torch.int64, allowed: \[B, N\] of int64 or int32"):
+        model(ids[0])
+    with pytest.raises(ShapeError, match=r"input_ids \[3, 16\] torch.float32, allowed"):
+        model(ids.float())
+    with pytest.raises(ShapeError, match="inputs_embeds"):
+        model(inputs_embeds=torch.zeros(3, 16, 31))
+
+
+def test_tokens_beyond_the_vocabulary_are_refused():
+    model, (ids, _) = tiny(["hgrn"]), prompts()
+    assert logits(model, ids.clamp(min=96).int()).shape == (3, 16, 97)
+    for wrong in (97, -1):
+        ids[1, 3] = wrong
+        with pytest.raises(OptionError, match=f"input_ids has {wrong}, allowed: 0 to 96, the vocabulary's; use"):
+            model(ids)
+        labels = torch.zeros_like(ids)
+        labels[0] = -100
+        assert model(labels.clamp(min=0), labels=labels).loss.isfinite()
+        labels[1, 3] = wrong
+        for name in ("labels", "shift_labels"):
+            with pytest.raises(OptionError, match=f"{name} has {wrong}, allowed: 0 to 96, .*, or -100 for none"):
+                model(labels.clamp(min=0, max=96), **{name: labels})
+
+
+class CancelledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("layer", [0, 1, 8])
+def test_an_interrupted_forward_leaves_a_cache_that_is_refused(layer, monkeypatch):
+    model, (ids, _) = tiny(), prompts((0, 0))
+    cache = model(ids[:, :8], use_cache=True)[CACHE_NAME]
+    run = type(model.layers[layer]).forward
+
+    def cancel(self, *args, **kwargs):
+        if self is model.layers[layer]:
+            raise CancelledError
+        return run(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.layers[layer]), "forward", cancel)
+        with pytest.raises(CancelledError):
+            model(ids[:, 8:9], **{CACHE_NAME: cache})
+    if layer == 0:
+        # Nothing was read, so it goes on.
+        found = logits(model, ids[:, 8:9], **{CACHE_NAME: cache})
+        assert torch.allclose(found, logits(model, ids[:, :9])[:, 8:], atol=1e-5)
+        return
+    message = "a forward was interrupted: .* have read 9 tokens and the others 8, .*; start a new cache"
+    with pytest.raises(StateError, match=message):
+        model(ids[:, 9:10], **{CACHE_NAME: cache})
+    with pytest.raises(StateError, match=message):
+        model.generate(ids, **{CACHE_NAME: cache}, **GREEDY)
+    cache.reset()
+    assert torch.allclose(logits(model, ids, **{CACHE_NAME: cache}), logits(model, ids), atol=1e-5)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from foveate.errors import DataError, OptionError, ResultsError, UnknownNameError
@@ -38,6 +40,9 @@ def test_a_run_on_a_task(tmp_path):
     result = train(config(tmp_path / "run", data=data, log_every=1, evaluate_every=2), lines.append)
     assert result.steps == 4
     assert result.resumed_from is None
+    plain = result.as_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert (plain["folder"], plain["resumed_from"], plain["steps"]) == (str(tmp_path / "run"), None, 4)
     assert set(result.metrics) == {"mqar", "mqar:pairs=3,length=20"}
     assert all(0 <= each["accuracy"] <= 1 and each["loss"] > 0 for each in result.metrics.values())
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"checkpoint-2", "checkpoint-4", "model"}
@@ -75,6 +80,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
         shutil.rmtree(broken / name)
     result = train(config(broken, resume="auto"))
     assert result.resumed_from == broken / "checkpoint-2"
+    assert result.as_dict()["resumed_from"] == str(broken / "checkpoint-2")
     assert result.steps == 4
     for name, value in weights(broken / "model").items():
         assert torch.allclose(value, expected[name], atol=1e-6), name
@@ -108,6 +114,88 @@ def test_damaged_checkpoints_are_refused(run_once, tmp_path, file, damage, messa
         train(config(copy, resume="auto"))
     assert file in str(error.value)
     assert "resume from an earlier one" in str(error.value)
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
+    """Damage that leaves a valid file of tensors."""
+
+    def damage(path: Path) -> None:
+        held = load_file(path)
+        change(held)
+        save_file(held, path, {"format": "pt"})
+
+    return damage
+
+
+def without(name: str) -> Callable[[Path], Any]:
+    def damage(path: Path) -> None:
+        state = json.loads(path.read_text())
+        del state[name]
+        path.write_text(json.dumps(state))
+
+    return damage
+
+
+GATE = "layers.3.mixer.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("model.safetensors", rewrite(lambda held: held.pop(GATE)), rf"it lacks the tensor {GATE} \[8, 16\]\)"),
+        (
+            "model.safetensors",
+            rewrite(lambda held: [held.pop(name) for name in sorted(held)[:3]]),
+            r"it lacks the tensor embed_tokens.weight \[32, 16\] and 2 more",
+        ),
+        (
+            "model.safetensors",
+            rewrite(lambda held: held.update({GATE: torch.zeros(4, 16)})),
+            rf"the tensor {GATE} is \[4, 16\], allowed: \[8, 16\]",
+        ),
+        (
+            "model.safetensors",
+            rewrite(lambda held: held.update(other=torch.zeros(2))),
+            r"the tensor other is \[2\], and the model has none of that name",
+        ),
+        (
+            "model.safetensors",
+            rewrite(lambda held: held[GATE].fill_(math.nan)),
+            f"the tensor {GATE} has values that are not finite",
+        ),
+        (
+            "model.safetensors",
+            rewrite(lambda held: held[GATE][3, 5].fill_(math.inf)),
+            f"the tensor {GATE} has values that are not finite",
+        ),
+        ("trainer_state.json", lambda path: path.write_text("{}"), "it has no global_step, allowed: a whole number"),
+        ("trainer_state.json", without("train_batch_size"), "it has no train_batch_size"),
+        (
+            "trainer_state.json",
+            lambda path: path.write_text('{"global_step": "2"}'),
+            "it has global_step='2', allowed: a whole number",
+        ),
+    ],
+    ids=["lacking", "lacking-three", "shape", "foreign", "nan", "one-inf", "empty-state", "no-batch", "text-step"],
+)
+def test_readable_checkpoints_of_something_else_are_refused(run_once, tmp_path, file, damage, message):
+    copy = tmp_path / "run"
+    shutil.copytree(run_once, copy)
+    damage(copy / "checkpoint-2" / file)
+    with pytest.raises(DataError, match=message) as error:
+        train(config(copy, resume="auto", steps=3))
+    assert str(error.value).startswith(str(copy / "checkpoint-2" / file))
+    assert "resume from an earlier one" in str(error.value)
+
+
+def test_checkpoints_from_before_an_option_are_taken(run_once, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_once, copy)
+    without("experts")(copy / "checkpoint-2" / "config.json")
+    without("spike_k")(copy / "checkpoint-2" / "config.json")
+    assert train(config(copy, resume="auto", steps=3)).steps == 3
+    with pytest.raises(DataError, match="a checkpoint of a model with shared_experts=1, but the run says 2"):
+        train(config(copy, resume="auto", steps=4, model={**MODEL, "shared_experts": 2}))
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +253,22 @@ def test_reading_toml(tmp_path):
         ({"data": {"task": "copy"}, "run": {"output": "x"}}, OptionError, "task='copy', allowed: "),
         ({"data": TASK, "run": {"output": "x", "steps": 0}}, OptionError, "steps=0, allowed: >= 1"),
         ({"data": TASK, "run": {"output": "x", "precision": "int8"}}, OptionError, "precision='int8', allowed"),
+        ({"data": TASK, "run": {"output": "x", "steps": "9"}}, OptionError, "steps='9', allowed: a value of type int"),
+        ({"data": TASK, "run": {"output": 3}}, OptionError, "output=3, allowed: a value of type str"),
+        ({"data": TASK, "run": "x"}, OptionError, r"run='x', allowed: a table \[run\]"),
+        ({"data": TASK, "run": {"output": "x"}, "model": "gla"}, OptionError, r"model='gla', allowed: a table"),
+        ({"data": {"text": [3]}, "run": {"output": "x"}}, OptionError, r"text=\[3\], allowed: files' names"),
+        ({"data": {**TASK, "slices": ["a"]}, "run": {"output": "x"}}, OptionError, r"slices=\['a'\], allowed: tables"),
+        (
+            {"data": {**TASK, "task_options": {"vocab": "x"}}, "run": {"output": "x"}},
+            OptionError,
+            "mqar: vocab='x', allowed: a value of type int",
+        ),
+        (
+            {"data": {**TASK, "slices": [{"pair": 3}]}, "run": {"output": "x"}},
+            UnknownNameError,
+            "'mqar' has no option 'pair'; did you mean pairs",
+        ),
     ],
 )
 def test_bad_configs(tables, error, message):
@@ -180,6 +284,8 @@ def test_bad_files_and_models(tmp_path):
         TrainConfig.read(tmp_path / "bad.toml")
     with pytest.raises(OptionError, match="vocab_size=10, allowed: >= 32"):
         train(config(tmp_path / "run", model={**MODEL, "vocab_size": 10}))
+    with pytest.raises(OptionError, match="spike_k=3.0 in training, allowed: None"):
+        train(config(tmp_path / "run", model={**MODEL, "spike_k": 3.0}))
     with pytest.raises(UnknownNameError, match="there is no mixer 'glas'"):
         train(config(tmp_path / "run", model={**MODEL, "mixers": ["glas"]}))
     (tmp_path / "file").write_text("")

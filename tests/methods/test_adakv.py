@@ -9,12 +9,13 @@ from torch import Tensor
 from foveate.attention import Rope
 from foveate.errors import OptionError
 from foveate.methods import SingleLayer, create
+from foveate.methods.budgets import falling_budget, prune_lowest
 from foveate.methods.full import Full
-from foveate.methods.keep.adakv import AdaKV, prune_lowest
+from foveate.methods.keep.adakv import AdaKV
 from foveate.methods.keep.expected_attention import ExpectedAttention
 from foveate.methods.keep.h2o import ObservedAttention
 from foveate.methods.keep.knorm import KNorm
-from foveate.methods.keep.pyramidkv import PyramidKV, falling_budget
+from foveate.methods.keep.pyramidkv import PyramidKV
 from foveate.methods.keep.snapkv import SnapKV
 from foveate.methods.prompt import PromptKeep
 from tests.methods.driving import (

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from foveate.attention.scoring import slots_of, top_mask
 from foveate.errors import StateError, UnsupportedCacheError
-from foveate.methods.budgets import pyramid_budget
+from foveate.methods.budgets import head_budgets, pyramid_budget
 from foveate.methods.cache import Drop, DropRagged, Keep, KeepRagged, LayerCache
-from foveate.methods.keep.adakv import head_budgets
 from foveate.methods.storage import Segments
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from foveate.errors import OptionError, ProfileError
 from foveate.methods import SingleLayer, create
+from foveate.methods.budgets import layer_budgets
 from foveate.methods.calibrated import table_profile
-from foveate.methods.keep.compresskv import CompressKV, layer_budgets
+from foveate.methods.keep.compresskv import CompressKV
 from foveate.methods.profile import ModelIdentity
 from foveate.methods.single import masked_reference
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from foveate.errors import OptionError, ProfileError, ShapeError
 from foveate.hf import apply
 from foveate.methods import SingleLayer, create
+from foveate.methods.budgets import lowest_stream, sparsify_heads
 from foveate.methods.calibrated import table_profile
-from foveate.methods.keep.duo import Duo, gated_mix, lowest_stream, sparsify_heads, streaming_attention, streaming_plan
+from foveate.methods.keep.duo import Duo, gated_mix, streaming_attention, streaming_plan
 from foveate.methods.profile import ModelIdentity, Profile
 from tests.models import tiny
 

@@ -140,3 +140,9 @@ def test_bad_options_are_refused(spec: str, bad: dict[str, object]) -> None:
     (name,) = bad
     with pytest.raises(OptionError, match=rf"{name}=.*allowed"):
         create(spec, **bad)
+
+
+@pytest.mark.parametrize("name", ["h2o", "observed-attention", "tova", "knorm", "keydiff"])
+def test_what_evicts_in_every_step_is_not_recorded(name: str) -> None:
+    assert create(f"{name}:budget=24,when=prompt").steady
+    assert not create(f"{name}:budget=24,when=always").steady

@@ -10,6 +10,7 @@ from foveate.attention import attend
 from foveate.errors import CompositionError, OptionError, ShapeError
 from foveate.methods import SingleLayer, create
 from foveate.methods.keep.kivi import Kivi, decode, encode, pack, unpack
+from foveate.methods.profile import ModelIdentity
 
 SMALL = {"bits": 2, "group": 16, "residual": 16}
 
@@ -169,3 +170,19 @@ def test_what_cannot_be_served() -> None:
         SingleLayer(Kivi())(*draw(4))
     with pytest.raises(CompositionError, match="Kivi"):
         create("snapkv+kivi")
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "message"),
+    [
+        (16, {}, r"group=32, allowed: what divides the model's head width, 16, e.g. 16"),
+        (48, {"group": 32}, r"e.g. 16"),
+        (16, {"group": 16, "residual": 32, "bits": 1}, r"1 bits per value number put 32 of them in a word"),
+    ],
+)
+def test_models_whose_heads_do_not_fit_are_refused_at_once(width: int, options: dict[str, int], message: str) -> None:
+    identity = ModelIdentity("toy", 2, 4, 2, width, "none")
+    with pytest.raises(OptionError, match=message):
+        Kivi(**options).for_model(identity)
+    fitting = Kivi(group=16, residual=32)
+    assert fitting.for_model(identity) is fitting

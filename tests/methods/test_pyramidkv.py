@@ -7,7 +7,8 @@ import torch
 
 from foveate.errors import OptionError
 from foveate.methods import SingleLayer
-from foveate.methods.keep.pyramidkv import PyramidKV, falling_budget
+from foveate.methods.budgets import falling_budget
+from foveate.methods.keep.pyramidkv import PyramidKV
 from foveate.methods.keep.snapkv import SnapKV
 from tests.methods.driving import check_padded_rows_equal_singles, check_steps_equal_masked_dense, kept, random_qkv
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from foveate.errors import OptionError, ProfileError
 from foveate.methods import SingleLayer, create
+from foveate.methods.budgets import top_share
 from foveate.methods.calibrated import table_profile
-from foveate.methods.keep.razor import Razor, alibi_reach, top_share
+from foveate.methods.keep.razor import Razor, alibi_reach
 from foveate.methods.profile import ModelIdentity
 
 IDENTITY = ModelIdentity("toy", 1, 4, 2, 8, "none")

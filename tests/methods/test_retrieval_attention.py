@@ -14,8 +14,9 @@ from torch import Tensor
 from foveate.errors import CompositionError, HostMemoryError, MissingPackageError, StateError
 from foveate.hf import apply
 from foveate.methods import SingleLayer, create
-from foveate.methods.index import AttentionGraph, UsearchIndex
+from foveate.methods.index import AttentionGraph, FlatIndex, Found, UsearchIndex, recall_of
 from foveate.methods.select.retrieval_attention import Offloaded, RetrievalAttention
+from foveate.methods.step import mean_recall, scanned_share
 from tests.methods.driving import check_padded_rows_equal_singles, random_qkv
 from tests.models import GREEDY, prompts, tiny
 
@@ -191,6 +192,78 @@ def test_what_was_read_is_recorded() -> None:
     last = layer.run.readings[-1]
     # Sinks, window and budget, of 34 tokens.
     assert (last.phase, last.read, last.visible) == ("decode", 3 + 7 + 5, 34)
+
+
+@INDEXES
+def test_a_search_tells_what_it_scanned_and_found(index: str) -> None:
+    """Against all scores, and off by default."""
+    made, (q, k, v) = method(index=index, beam=5, neighbours=4, pivots=1, degree=5, recall=3), random_qkv(N=60)
+    layer, _ = run(made, (q, k, v), 40)
+    assert [each.recall is not None for each in layer.run.readings] == [n % 3 == 0 for n in (40, *range(41, 61))]
+    readings = [each for each in layer.run.readings if each.phase == "decode"]
+    assert [each.indexed for each in readings] == [float(n - 3 - 7) for n in range(41, 61)]
+    assert all(each.scanned is not None and 0 < each.scanned <= each.indexed for each in readings)
+    share = sum(each.scanned for each in readings) / sum(each.indexed for each in readings)
+    assert scanned_share(layer.run.readings) == pytest.approx(share)
+    measured = [each.recall for each in readings if each.recall is not None]
+    assert mean_recall(layer.run.readings) == pytest.approx(sum(measured) / len(measured))
+    if index == "flat":
+        assert (share, set(measured)) == (1.0, {1.0})
+    layer, _ = run(method(index=index), random_qkv(N=60), 40)
+    assert mean_recall(layer.run.readings) is None
+
+
+def test_recall_against_brute_force() -> None:
+    (q, k, v), made = (
+        random_qkv(N=60),
+        method(index="attention-graph", beam=5, neighbours=4, pivots=1, degree=5, recall=1),
+    )
+    layer = SingleLayer(made)
+    layer(*(x[:, :, :50] for x in (q, k, v)))
+    state = layer.cache.states[0]
+    found = state.index.search(q[:, :, 50], state.tier.keys, state.tier.length, count=5, beam=5)
+    shares = []
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            scores = k[b, h * k.shape[1] // q.shape[1], 3:44] @ q[b, h, 50]
+            best = set(scores.topk(5).indices.tolist())
+            shares.append(len(best & set(found.index[b, h].tolist())) / 5)
+    best = FlatIndex.build(state.tier.keys, state.tier.length).search(
+        q[:, :, 50], state.tier.keys, state.tier.length, count=5
+    )
+    assert 0 < sum(shares) < len(shares)
+    assert recall_of(found, best) == pytest.approx(sum(shares) / len(shares))
+
+
+def test_recall_of_short_and_empty_rows() -> None:
+    none = torch.zeros(1, dtype=torch.int64)
+    found = Found(torch.tensor([[[4, -1, -1], [1, 0, 2]], [[-1, -1, -1], [-1, -1, -1]]]), none)
+    best = Found(torch.tensor([[[4, 2, -1], [2, 1, -1]], [[-1, -1, -1], [-1, -1, -1]]]), none)
+    assert recall_of(found, best) == 0.75
+    empty = Found(torch.full((1, 1, 0), -1), none)
+    assert recall_of(empty, empty) is None
+
+
+def test_nothing_is_measured_where_nothing_is_recorded() -> None:
+    layer = SingleLayer(method(recall=1))
+    layer.run.record = False
+    for x in (slice(0, 26), slice(26, 27)):
+        layer(*(each[:, :, x] for each in random_qkv(N=27)))
+    assert layer.run.readings == []
+    assert scanned_share([]) is None
+    assert mean_recall([]) is None
+
+
+@INDEXES
+def test_the_cache_tells_host_and_device_apart(index: str) -> None:
+    layer, _ = run(method(index=index), random_qkv(N=34), 26)
+    state, cache = layer.cache.states[0], layer.cache
+    assert cache.host_bytes() == state.tier.bytes().cold + state.tier.length.nbytes + state.index.nbytes
+    held = [cache.keys, cache.values, cache.positions]
+    assert cache.bytes() - cache.host_bytes() == sum(each.untyped_storage().nbytes() for each in held)
+    dense = SingleLayer(create("snapkv:budget=8,window=4"))
+    dense(*random_qkv(N=34))
+    assert dense.cache.host_bytes() == 0
 
 
 def test_memory_is_told_apart() -> None:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from foveate.attention import attend
+from foveate.attention.summaries import centroids
 from foveate.errors import OptionError
 from foveate.methods import SingleLayer
 from foveate.methods.cache import Keep
-from foveate.methods.select.clusters import centres_of, kmeans
+from foveate.methods.select.clusters import kmeans
 from foveate.methods.select.squeezed import Squeezed, count, lookup, pooled_quantile, weigh
 from foveate.methods.single import masked_reference
 
@@ -188,7 +189,7 @@ def test_kmeans_finds_separate_groups_and_leaves_nothing_to_improve() -> None:
     assert len({(int(a), int(b)) for a, b in zip(truth, labels[0])}) == 4
     y = torch.randn(3, 70, 8)
     labels = kmeans(y, 9)
-    distances = torch.cdist(y, centres_of(y, labels, 9))
+    distances = torch.cdist(y, centroids(y, labels, 9))
     own = distances.gather(2, labels[..., None])[..., 0]
     assert bool((own <= distances.amin(-1) + 1e-5).all())
     assert torch.equal(kmeans(y[:1], 9), labels[:1])

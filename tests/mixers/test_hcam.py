@@ -236,3 +236,15 @@ def test_bad_memories_are_refused():
             reader(**options)
     with pytest.raises(OptionError, match="memory_dim=11, allowed with positional: even"):
         reader(memory_dim=11)
+
+
+def test_sequences_shorter_than_a_chunk_have_a_backward_pass():
+    mixer = create_mixer("hcam", dim=8, heads=2, chunk=4)
+    y, _ = mixer(torch.randn(2, 3, 8))
+    assert not y.any()
+    y.sum().backward()
+    assert not mixer.read.o_proj.weight.grad.any()
+    model = HybridLM(HybridConfig(mixers=["hcam:chunk=4"], dim=8, heads=2, vocab_size=11, mlp_ratio=0))
+    ids = torch.tensor([[1, 2, 3]])
+    model(ids, labels=ids).loss.backward()
+    assert not model.layers[0].mixer.read.o_proj.weight.grad.any()

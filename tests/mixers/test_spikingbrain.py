@@ -13,6 +13,7 @@ from foveate.mixers.base import create_mixer
 from foveate.mixers.linear.spikes import (
     CODES,
     SpikeLinear,
+    code_linears,
     decode,
     encode,
     firing_rate,
@@ -241,6 +242,21 @@ def test_a_model_is_coded_within_the_block_and_restored_after_it():
     with pytest.raises(ValueError, match="stop"), spiking(model, group=16):
         raise ValueError("stop")
     assert torch.equal(run(), before)
+
+
+@torch.no_grad()
+def test_layers_are_coded_for_good_in_groups_that_fit():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(18, 6), "lm_head": nn.Linear(6, 4)})
+    plain, x = model["body"], torch.randn(3, 18)
+    assert code_linears(model, 3.0, group=8) == ["body"]
+    # The largest divisor of 18 up to 8.
+    assert model["body"].weight.shape == (6, 3, 6)
+    assert (model["body"].in_features, model["body"].out_features) == (18, 6)
+    assert torch.equal(model["body"](x), SpikeLinear.of(plain, group=6)(x))
+    assert isinstance(model["lm_head"], nn.Linear)
+    with pytest.raises(UnsupportedModelError, match="ModuleDict has no linear layers outside"):
+        code_linears(model)
 
 
 def test_what_does_not_fit_is_refused():

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from foveate.compare.environment import command_line, device_name, load_average, now, versions
 from foveate.compare.files import write_atomic
 from foveate.hf import apply
 from foveate.hf.compat import cache_keyword, new_dynamic_cache
@@ -141,27 +142,15 @@ def _now() -> float:
 
 
 def environment(model: Any, rounds: int) -> dict[str, Any]:
-    """Device, versions, threads, load and date of a benchmark."""
-    import platform
-
-    import transformers
-
-    import foveate
-
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    load = Path("/proc/loadavg")
+    """Device, versions, command, threads, load and date of a benchmark."""
     return {
-        "device": device,
+        "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
-        "loadavg": load.read_text().split()[:3] if load.exists() else None,
+        "loadavg": load_average(),
         "platform": platform.platform(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "foveate": foveate.__version__,
-        },
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "command": command_line(),
+        "date": now(),
     }

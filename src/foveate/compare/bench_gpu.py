@@ -4,8 +4,8 @@ What users get is measured: public operators, shipped configurations, their own 
 first and timed afterwards; a result over its gate keeps its time, is marked, and neither meets a target nor counts as a
 baseline. The file is written after every row, so nothing that was measured is lost.
 
-The JSON: schema_version 1; device, versions, date, rounds, parts, seconds, finished, stopped (why a run ended early),
-absent (baselines that are not installed), and rows, each with
+The JSON: schema_version 1; device, versions, command, date, rounds, parts, seconds, finished, stopped (why a run ended
+early), absent (baselines that are not installed), and rows, each with
 
     part, case, name       which table, and who
     baseline, strongest    not ours; the fastest correct baseline of its case
@@ -35,7 +35,7 @@ from foveate.compare.bench_gpu_decode import DecodeSizes, decode_jobs
 from foveate.compare.bench_gpu_models import ModelSizes, model_jobs
 from foveate.compare.bench_gpu_scans import SCANS, ScanSize, fla_version, scan_jobs
 from foveate.compare.bench_gpu_timing import Case, Contender, Job, over_the_gate, quantiles, synchronize, timed
-from foveate.compare.environment import device_name, now, versions
+from foveate.compare.environment import command_line, device_name, now, versions
 from foveate.compare.files import document, write_atomic
 from foveate.compare.progress import Silent, showing
 from foveate.errors import BackendError, MissingPackageError, OptionError
@@ -107,6 +107,7 @@ class GpuBench:
             "device": self.name,
             "device_type": self.device.type,
             "versions": _versions(),
+            "command": command_line(),
             "date": now(),
             "rounds": self.rounds,
             "parts": list(self.parts),

@@ -33,7 +33,7 @@ from foveate.compare.bench_gpu_timing import (
     relative,
 )
 
-# Largest relative error of outputs in half precision over 8k tokens and more; design/kernels.md, 4e.
+# Largest relative error of outputs in half precision over 8k tokens and more; docs/kernels.md, "Numeric gates".
 LONG = 1e-2
 # Tensors by the names of linear_scan's arguments, or gradients by d and their name.
 Inputs = dict[str, Any]

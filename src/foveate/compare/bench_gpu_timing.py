@@ -35,7 +35,7 @@ How = Literal["graph", "queued", "eager"]
 
 # Of the fastest clock of present GPUs.
 CYCLES_PER_US = 2000
-# Largest relative errors in half precision; design/kernels.md, 4e.
+# Largest relative errors in half precision; docs/kernels.md, "Numeric gates".
 FORWARD = {"error": 5e-3, "lse_error": 2e-3}
 GRADIENTS = {"error": 2e-2, "o": 5e-3, "dq": 1.5e-2, "dk": 1.5e-2, "dv": 1.5e-2, "dbeta": 1.5e-2, "dg": 2e-2}
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import shlex
+import sys
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -59,12 +62,38 @@ def load_average() -> list[float] | None:
     return [round(each, 2) for each in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
+# A folder or file named from the root, a home or a drive; not the end of a relative path, nor a URL. Folders may have
+# spaces in their names.
+_ABSOLUTE = re.compile(r"(?:(?<=[=:,;\s'\"])|^)(?:/(?!/)|~|[A-Za-z]:\\)(?:[^=:,;'\"]*/)?[^=:,;\s'\"]*")
+
+
+def command_line() -> str | None:
+    """The command that runs now, program first; None where there is none to repeat (a notebook, `python -c`).
+
+    No absolute path is told: a place under the working folder is named from there, any other by its last part.
+    """
+    program, *given = sys.argv or [""]
+    name = Path(program).name
+    if name == "__main__.py":
+        # `python -m package`
+        name = Path(program).parent.name
+    if not name or name.startswith("-") or name == "ipykernel_launcher.py":
+        return None
+    return " ".join([name, *(shlex.quote(_ABSOLUTE.sub(_relative, each)) for each in given)])
+
+
+def _relative(found: re.Match[str]) -> str:
+    path = Path(found[0].replace("\\", "/")).expanduser()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name or "/")
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads, date, load and platform; see docs/results-schema.md."""
+    """Device, versions, command, threads, date, load and platform; see docs/results-schema.md."""
     return {
         "device": device_name(device),
         "device_type": device.type,
         "versions": versions(),
+        "command": command_line(),
         "threads": torch.get_num_threads(),
         "date": now(),
         "loadavg": load_average(),

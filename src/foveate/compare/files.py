@@ -25,6 +25,20 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def check_file(path: Path) -> Path:
+    """Raise ResultsError unless a file can be written at `path`; call it before the work whose result goes there."""
+    make_folder(path.parent)
+    if path.is_dir():
+        raise ResultsError(f"{path} is a folder, and a file is needed; name another place")
+    try:
+        # Permissions alone do not tell: a file system may be full or read-only.
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent):
+            pass
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be written ({_reason(error)}); name another place") from error
+    return path
+
+
 def write_atomic(path: Path, text: str) -> Path:
     """Replace `path` by `text` (UTF-8) in one step; on any failure the old file stays and nothing is left behind.
 

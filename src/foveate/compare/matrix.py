@@ -11,6 +11,7 @@ from foveate.compare.subject import DENSE
 from foveate.errors import DataError, OptionError
 from foveate.methods import Method
 from foveate.methods import create as create_method
+from foveate.options import parse_spec
 from foveate.tasks.base import Example, Task
 
 
@@ -40,14 +41,11 @@ class Matrix:
         made: dict[str, Method | None] = {DENSE: None}
         for spec in _texts("methods", methods):
             if spec != DENSE:
-                made[spec] = create_method(spec)
+                made[spec] = make_method(spec)
         chosen: dict[str, Task] = {}
         for spec in _texts("tasks", tasks):
-            task = registry.create(spec)
-            if not isinstance(task, Task):
-                known = ", ".join(registry.names(kind="task"))
-                raise OptionError(f"tasks: {spec!r} is a {registry.card(spec.split(':')[0]).kind}, allowed: {known}")
-            chosen[spec] = task
+            registry.card(parse_spec(spec)[0], kind="task")
+            chosen[spec] = registry.create(spec)
         if not chosen:
             raise OptionError(f"tasks=[], allowed: at least one of {', '.join(registry.names(kind='task'))}")
         return cls(made, chosen, check_lengths(lengths), _seeds(seeds))
@@ -76,6 +74,14 @@ class Matrix:
                     example = made[name, length, seed] = task.example(tokenizer, length, seed)
                     _check_vocabulary(example, vocabulary)
         return made
+
+
+def make_method(spec: str) -> Method:
+    """A method from a spec or a composition "a+b"; UnknownNameError for a name that is no method's."""
+    for name in (parse_spec(member)[0] for member in spec.split("+")):
+        if name:
+            registry.card(name, kind=registry.METHOD_KINDS)
+    return create_method(spec)
 
 
 def _check_vocabulary(example: Example, vocabulary: int) -> None:

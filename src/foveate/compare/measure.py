@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -65,9 +64,9 @@ class Request:
 
     def read(self, ids: Sequence[int]) -> None:
         """Put tokens into the cache; afterwards `next` is the most likely token."""
-        began = self._now()
-        self.next = int(self.subject.logits((*self.left, *ids), self.cache)[-1].argmax())
-        self.reading_s += self._now() - began
+        with self.subject.timed() as watch:
+            self.next = int(self.subject.logits((*self.left, *ids), self.cache)[-1].argmax())
+        self.reading_s += watch.seconds
         self.left = ()
 
     def write(self, limit: int) -> list[int]:
@@ -83,10 +82,10 @@ class Request:
     def _decode(self, limit: int, stop: frozenset[int]) -> list[int]:
         assert self.next is not None
         said = [self.next][:limit]
-        began = self._now()
-        while said and len(said) < limit and said[-1] not in stop:
-            said.append(int(self.subject.logits(said[-1:], self.cache)[-1].argmax()))
-        self.timing.decode_s += self._now() - began
+        with self.subject.timed() as watch:
+            while said and len(said) < limit and said[-1] not in stop:
+                said.append(int(self.subject.logits(said[-1:], self.cache)[-1].argmax()))
+        self.timing.decode_s += watch.seconds
         self.timing.decode_steps += max(0, len(said) - 1)
         self.next = said[-1] if said else self.next
         return said
@@ -95,10 +94,6 @@ class Request:
         """Decode on, for the clock only, until `steps` were timed."""
         if self.timing.decode_steps < steps:
             self._decode(1 + steps - self.timing.decode_steps, frozenset())
-
-    def _now(self) -> float:
-        self.subject.wait()
-        return time.perf_counter()
 
     def fork(self) -> Request:
         """The same request on a copy of its cache."""
@@ -212,24 +207,22 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _likelihood(subject: Subject, run: MeasuredRun, example: Any, stride: int) -> _Found:
     """Log-likelihood of the target under teacher forcing: the token before each piece predicts its first token."""
-    request = Request(subject, run.new_cache(), Timing())
+    cache = run.new_cache()
     target = torch.tensor(example.target, device=subject.model.device)
-    began = request._now()
-    logits = subject.logits(example.context, request.cache)
-    request.timing.ttft_s = request._now() - began
-    began = request._now()
-    nll = _nll(logits, target[:1])
-    # The last target token predicts nothing that is scored, so it is not read.
-    for start in range(0, len(target) - 1, stride):
-        stop = min(start + stride, len(target) - 1)
-        logits = subject.logits(example.target[start:stop], request.cache, last=stop - start)
-        nll = nll + _nll(logits, target[start + 1 : stop + 1])
-    total = float(nll)
-    request.timing.decode_s = request._now() - began
-    request.timing.decode_steps = len(target) - 1
+    with subject.timed() as reading:
+        logits = subject.logits(example.context, cache)
+    with subject.timed() as decoding:
+        nll = _nll(logits, target[:1])
+        # The last target token predicts nothing that is scored, so it is not read.
+        for start in range(0, len(target) - 1, stride):
+            stop = min(start + stride, len(target) - 1)
+            logits = subject.logits(example.target[start:stop], cache, last=stop - start)
+            nll = nll + _nll(logits, target[start + 1 : stop + 1])
+        total = float(nll)
     if not math.isfinite(total):
         raise FoveateError(f"the model's log-likelihoods are not finite (their sum is {total}); try dtype float32")
-    return _Found(request.timing, run.figures(request.cache), len(example.context), total, len(target))
+    timing = Timing(reading.seconds, decoding.seconds, len(target) - 1)
+    return _Found(timing, run.figures(cache), len(example.context), total, len(target))
 
 
 def _nll(logits: Tensor, tokens: Tensor) -> Tensor:

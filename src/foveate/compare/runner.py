@@ -78,6 +78,8 @@ def compare(
     matrix = Matrix.of(methods, tasks, lengths, seeds)
     ways = _ways(query_aware, stride, min_decode_tokens)
     facts = model_facts(model)
+    if not callable(tokenizer):
+        raise OptionError(f"compare: tokenizer={tokenizer!r}, allowed: the model's own tokenizer")
     extra = check_lengths(break_even_lengths) if break_even_lengths else ()
     examples = matrix.examples(tokenizer, model.get_input_embeddings().num_embeddings)
     folder = Path(out)
@@ -85,22 +87,14 @@ def compare(
     with _evaluation(model), quick_collections(), showing(progress, runner.total) as show:
         rows = runner.run(show)
         timed = runner.time_lengths(extra, show) or runner.speeds(rows)
-    settings = {
-        "methods": list(matrix.methods),
-        "tasks": list(matrix.tasks),
-        "lengths": list(matrix.lengths),
-        "seeds": list(matrix.seeds),
-        **asdict(ways),
-        "break_even_lengths": list(extra),
-        "cells_computed": runner.computed,
-        "cells_reused": runner.reused,
-    }
-    told = [
-        breakeven.break_even(method, breakeven.points_of(timed, method)).as_dict()
-        for method in matrix.methods
-        if method != DENSE
-    ]
+    settings = {**runner.settings(), "break_even_lengths": list(extra)}
+    told = [each.as_dict() for each in _verdicts(matrix, timed)]
     return Comparison(environment(model.device), facts, settings, rows, told, runner.notes(), folder)
+
+
+def _verdicts(matrix: Matrix, timed: Sequence[dict[str, Any]]) -> list[breakeven.BreakEven]:
+    methods = [method for method in matrix.methods if method != DENSE]
+    return [breakeven.break_even(method, breakeven.points_of(timed, method)) for method in methods]
 
 
 def _ways(query_aware: bool, stride: int, min_decode_tokens: int) -> Ways:
@@ -227,6 +221,18 @@ class Runner:
     def speeds(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows whose decode speed is that of one token at a time."""
         return [row for row in rows if row["perplexity"] is None or self.ways.stride == 1]
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, and how many cells that took."""
+        return {
+            "methods": list(self.matrix.methods),
+            "tasks": list(self.matrix.tasks),
+            "lengths": list(self.matrix.lengths),
+            "seeds": list(self.matrix.seeds),
+            **asdict(self.ways),
+            "cells_computed": self.computed,
+            "cells_reused": self.reused,
+        }
 
     def notes(self) -> list[str]:
         """What a reader should know about where the cells came from."""

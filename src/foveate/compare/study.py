@@ -27,7 +27,7 @@ import torch
 
 from foveate import registry
 from foveate.compare.cells import CellStore
-from foveate.compare.environment import device_name, load_average, now, versions
+from foveate.compare.environment import command_line, device_name, load_average, now, versions
 from foveate.compare.files import plain
 from foveate.compare.progress import showing
 from foveate.compare.study_fit import StudyConfig, model_config, study_data
@@ -64,9 +64,12 @@ def make_entries(mixers: Sequence[str], ratios: Sequence[int], config: StudyConf
         raise OptionError(f"layers={config.layers}, allowed: >= {len(first) + 1}, the first is {config.first!r}")
     entries = [Entry(name, (*first, *[name] * inner)) for name in dict.fromkeys(mixers)]
     for ratio in dict.fromkeys(ratios):
-        if not 1 <= ratio < inner:
+        if ratio < 1:
+            raise OptionError(f"ratios: {ratio}, allowed: >= 1, layers of the mixer for one of full attention")
+        if ratio >= inner:
             raise OptionError(
-                f"ratios: {ratio} in stacks of {config.layers} layers, allowed: 1 to {inner - 1}; add layers"
+                f"ratios: {ratio} in stacks of {config.layers} layers, allowed: layers >= {len(first) + ratio + 1} for "
+                f"it (set layers), or {f'ratios up to {inner - 1}' if inner > 1 else 'no ratios'}"
             )
         entries += [_hybrid(each.name, ratio, first, inner, config) for each in entries if _mixes(each, config)]
     for entry in entries:
@@ -135,6 +138,7 @@ def run_study(
     environment = {
         "device": device_name(torch.device(config.device)),
         "versions": versions(),
+        "command": command_line(),
         "threads": torch.get_num_threads(),
         "workers": workers,
         "date": now(),

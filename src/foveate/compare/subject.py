@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,13 @@ from foveate.hf.modules import text_config
 
 DENSE = "dense"
 BINS = 64
+
+
+@dataclass
+class Stopwatch:
+    """seconds: wall time of a finished `Subject.timed()`."""
+
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,16 @@ class Subject:
         """Until the device has done what was asked of it."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[Stopwatch]:
+        """Times what is done inside, until the device is done with it."""
+        watch = Stopwatch()
+        self.wait()
+        began = time.perf_counter()
+        yield watch
+        self.wait()
+        watch.seconds = time.perf_counter() - began
 
 
 def _ids(given: Sequence[Any]) -> frozenset[int]:

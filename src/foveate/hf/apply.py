@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -9,12 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from foveate.errors import FoveateError, UnsupportedCacheError, UnsupportedModelError
-from foveate.hf import compat
-from foveate.hf.attention import NAME, TUNING, Runtime, Slot, end_prompt, note_padding, pre_hook, register
+from foveate.hf import compat, guard
+from foveate.hf.attention import NAME, TUNING, Runtime, Slot, end_prompt, note_padding, pre_hook, register, request_of
 from foveate.hf.graph import GraphedForward
 from foveate.hf.identity import identify
 from foveate.hf.layer import FoveateLayer
-from foveate.hf.modules import attention_modules, check_model, decoder_of, text_config
+from foveate.hf.modules import attention_modules, check_attention, check_model, decoder_of, text_config
 from foveate.hf.rope import check_rope, find_rope
 from foveate.hf.stats import Stats
 from foveate.methods.base import Method, create
@@ -33,14 +34,13 @@ class Run:
         self.model = model
         self.method = method.for_model(identify(model))
         self.modules = attention_modules(model)
-        for module in self.modules:
-            if getattr(module, "_foveate", None) is not None:
-                raise UnsupportedModelError(
-                    "a method is already applied to this model; leave it first, or combine methods with '+'"
-                )
-        self._refuse_windows_only()
-        self.runtime = Runtime(self.method, len(self.modules), chunked=chunked)
-        self._ropes = [self._rope(module) for module in self.modules]
+        self._refuse_applied()
+        check_attention(model, self.modules)
+        layers = self.new_cache().layers
+        indices = [int(module.layer_idx) for module in self.modules]  # type: ignore[arg-type]
+        self.runtime = Runtime(self.method, indices, chunked=chunked)
+        self._refuse_unserved(layers)
+        self._ropes = [self._rope(module, layers[index : index + 1]) for module, index in zip(self.modules, indices)]
         self._graphed = (
             GraphedForward(model.forward, self.method, lambda: self.runtime.request, record=True)
             if cuda_graph
@@ -49,29 +49,48 @@ class Run:
         self._handles: list[Any] = []
         self._before: dict[int, tuple[Any, str | None]] = {}
 
-    def _refuse_windows_only(self) -> None:
-        layers = self.new_cache().layers
-        if not any(isinstance(layer, FoveateLayer) for layer in layers) and self.method.acts:
+    def _refuse_applied(self) -> None:
+        if any(getattr(module, "_foveate", None) is not None for module in self.modules):
             raise UnsupportedModelError(
-                f"every attention layer of {type(self.model).__name__} has a sliding window of its own, which foveate "
-                f"leaves as it is: there is nothing for {type(self.method).__name__} to act on; use 'full'"
+                "a method is already applied to this model; leave it first, or combine methods with '+'"
             )
 
-    def _rope(self, module: nn.Module) -> Any:
+    def _refuse_unserved(self, layers: list[Any]) -> None:
+        own = [layers[index] for index in self.runtime.indices if index < len(layers)]
+        if not self.method.acts or any(isinstance(layer, FoveateLayer) for layer in own):
+            return
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in own}))
+        if all(compat.is_sliding(layer) for layer in own):
+            why = f"has a sliding window or chunk of its own ({kinds}), which foveate leaves as it is"
+        else:
+            why = f"keeps its keys in a {kinds}, which foveate cannot take over"
+        raise UnsupportedModelError(
+            f"every attention layer of {type(self.model).__name__} {why}: there is nothing for "
+            f"{type(self.method).__name__} to act on"
+        )
+
+    def _rope(self, module: nn.Module, own: list[Any]) -> Any:
         rope = find_rope(decoder_of(self.model), module)
-        if any("rope" in part.needs for part in self.method.members):
+        if any(isinstance(layer, FoveateLayer) for layer in own) and any(
+            "rope" in part.needs for part in self.method.members
+        ):
             return check_rope(rope, text_config(self.model), type(self.method).__name__)
         return rope
 
     def attach(self) -> Run:
-        """Put the method on the model."""
+        """Put the method on the model. Raises UnsupportedModelError where one is on it already."""
+        self._refuse_applied()
         register()
         try:
             self._switch()
             for layer, (module, rope) in enumerate(zip(self.modules, self._ropes)):
                 module._foveate = Slot(self.runtime, layer, rope)  # type: ignore[assignment]
                 self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
-            self._handles.append(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            # The decoder may be called by itself; a recorded decode step calls the whole model only.
+            for part in {id(each): each for each in (self.model, decoder_of(self.model))}.values():
+                self._handles.append(part.register_forward_pre_hook(self._before_model, with_kwargs=True))
+                after = part.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
+                self._handles.append(after)
             if self._graphed is not None:
                 self.model.forward = self._graphed
         except BaseException:
@@ -109,20 +128,41 @@ class Run:
         for config, implementation in self._before.values():
             config._attn_implementation = implementation
         self._before.clear()
+        self.runtime.owner.clear()
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A decode step ends a chunked prompt."""
-        if not self.runtime.chunked:
-            return
-        ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
-        if ids is not None and ids.shape[1] == 1 and self.runtime.request.chunked:
-            self.finish_prefill()
+        """Refuse inputs that do not fit; a decode step ends the chunked prompt of its request."""
+        guard.enter(self.runtime.owner)
+        given = compat.bind(model, args, kwargs)
+        cache = compat.cache_of(given)
+        inputs = guard.check_inputs(given, cache, self.runtime.indices[0])
+        request = request_of(cache) if cache is not None else None
+        if request is not None and request.chunked and inputs is not None and inputs.shape[1] == 1:
+            end_prompt(self.runtime, cache)
 
-    def finish_prefill(self) -> None:
-        """Tell prompt-end methods that a chunked prompt is over (the first decode step does so too)."""
+    def _after_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not guard.leave(self.runtime.owner):
+            return
+        # Caches and hidden states of a request live no longer than it does.
         for module in self.modules:
-            end_prompt(module._foveate)  # type: ignore[arg-type]
-        self.runtime.request.chunked = False
+            slot: Slot | None = getattr(module, "_foveate", None)  # type: ignore[assignment]
+            if slot is not None:
+                slot.cache_layer, slot.hidden = None, None
+        # None: the forward raised.
+        if output is not None:
+            cache = compat.cache_of(compat.bind(model, args, kwargs))
+            if cache is None and isinstance(output, Mapping):
+                cache = compat.cache_of(output)
+            guard.check_served(cache, type(self.model).__name__)
+
+    def finish_prefill(self, cache: Any = None) -> None:
+        """Tell prompt-end methods that a chunked prompt is over (its first decode step does so too).
+
+        cache: the request's; default: the latest request's.
+        """
+        cache = self.runtime.cache if cache is None else cache
+        if cache is not None:
+            end_prompt(self.runtime, cache)
 
     def new_cache(self) -> Any:
         """An empty transformers Cache whose full-attention layers are foveate's."""
@@ -190,10 +230,17 @@ def apply(
     Returns:
         a Run, to be used as a context manager or by `attach()` and `detach()`.
     Raises:
-        UnknownNameError, OptionError, CompositionError for the method; UnsupportedModelError for the model;
-        UnsupportedCacheError (when it runs) for static, quantised, paged caches; ProfileError for calibrations.
+        UnknownNameError, OptionError, CompositionError for the method (TypeError for what is none);
+        UnsupportedModelError for the model; ProfileError for calibrations. When it runs: UnsupportedCacheError for
+        static, quantised, paged caches; ShapeError for inputs; StateError for a cache whose forward was interrupted
+        and for a second thread.
     """
     check_model(model)
+    if not isinstance(method, str | Method):
+        raise TypeError(
+            f"method={method!r} is a {type(method).__name__}, allowed: a name or spec such as 'snapkv:budget=1024', or "
+            "a foveate.methods.Method"
+        )
     return Run(model, create(method, **options), chunked=chunked, cuda_graph=cuda_graph)
 
 

@@ -10,14 +10,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from foveate.attention.softmax import attend
-from foveate.errors import UnsupportedCacheError, UnsupportedModelError
+from foveate.errors import StateError, UnsupportedCacheError, UnsupportedModelError
 from foveate.hf import compat
 from foveate.hf.layer import FoveateLayer
 from foveate.hf.masks import columns, padding_mask, positions_of
 from foveate.hf.rope import ModelRope
 from foveate.methods.base import Method, execute, finish_prompt
 from foveate.methods.cache import LayerCache
-from foveate.methods.full import Full
 from foveate.methods.step import RunState, Step
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ class Runtime:
     """What the layers of one model share while a method is applied."""
 
     method: Method
-    layers: int
+    # Where each attention layer's keys are among the cache's layers.
+    indices: list[int]
     chunked: bool = False
     stores: list[LayerCache] = field(default_factory=list)
     cache: Any = None
@@ -40,13 +40,15 @@ class Runtime:
     # Shared by the layers of one forward without a cache.
     loose: RunState = field(default_factory=RunState)
     mask_seen: tuple[Tensor, int, Tensor] | None = None
+    # Which thread's forward is in progress, under the key "forward".
+    owner: dict[str, int] = field(default_factory=dict)
 
     def positions(self, mask: Tensor | None, m: int) -> Tensor | None:
         """Positions of the new tokens under a padding mask, computed once per forward."""
         if mask is None:
             return None
         if self.mask_seen is None or self.mask_seen[0] is not mask or self.mask_seen[1] != m:
-            self.mask_seen = (mask, m, positions_of(mask, m))
+            self.mask_seen = (mask, m, positions_of(mask.bool(), m))
         return self.mask_seen[2]
 
 
@@ -61,7 +63,6 @@ class Slot:
     sliding: bool = False
     seen: int = 0
     hidden: Tensor | None = None
-    last: Step | None = None
 
 
 def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -81,6 +82,8 @@ def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             f"{type(cache).__name__} (continuous batching or a foreign cache) is not served; call generate() or the "
             "model itself with a dynamic cache"
         )
+    if slot.layer == 0:
+        _refuse_interrupted(cache, runtime.indices)
     index = int(module.layer_idx)  # type: ignore[arg-type]
     compat.grow(cache, index)
     layer = cache.layers[index]
@@ -88,14 +91,28 @@ def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         layer = cache.layers[index] = FoveateLayer.taking_over(layer)
     if isinstance(layer, FoveateLayer):
         slot.cache_layer, slot.seen = layer, layer.store.seen
+        layer.complete = False
         _enter_request(runtime, cache, slot, layer)
     elif compat.is_sliding(layer):
         slot.sliding = True
         slot.seen = int(layer.get_seq_length())
     else:
-        raise UnsupportedCacheError(
-            f"a {type(layer).__name__} cannot be served (static, quantised and offloaded caches have their own "
-            "storage); use the default dynamic cache: do not set cache_implementation"
+        kind = type(layer).__name__
+        raise UnsupportedCacheError(f"a {kind} cannot be served: {compat.OWN_STORAGE.get(kind, compat.ELSEWHERE)}")
+
+
+def _refuse_interrupted(cache: Any, indices: list[int]) -> None:
+    """Layers that hold different numbers of tokens, or one that stored and did not attend: a forward broke off."""
+    layers = [cache.layers[index] if index < len(cache.layers) else None for index in indices]
+    seen = {
+        int(layer.get_seq_length()) if layer is not None else 0
+        for layer in layers
+        if layer is None or isinstance(layer, FoveateLayer) or compat.is_plain(layer)
+    }
+    if len(seen) > 1 or any(isinstance(layer, FoveateLayer) and not layer.complete for layer in layers):
+        raise StateError(
+            f"a forward with this cache was interrupted (its layers hold {sorted(seen)} tokens), so it can neither go "
+            "on nor start again; start a new cache"
         )
 
 
@@ -105,7 +122,7 @@ def _needs(method: Method) -> frozenset[str]:
 
 def _enter_request(runtime: Runtime, cache: Any, slot: Slot, layer: FoveateLayer) -> None:
     """One RunState per cache object; the statistics follow the cache used last."""
-    request = getattr(cache, "_foveate_request", None)
+    request = request_of(cache)
     if request is None:
         request = RunState(chunked=runtime.chunked)
         cache._foveate_request = request
@@ -138,18 +155,24 @@ def attention(
     _refuse(module, slot, given, attention_mask, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     options = {"scale": scale, "softcap": given.get("softcap"), "sink": given.get("s_aux")}
-    width = given.get("sliding_window") or getattr(module, "sliding_window", None)
+    # A model that passes None says that this layer has no window, whatever its module has.
+    width = given["sliding_window"] if "sliding_window" in given else getattr(module, "sliding_window", None)
     window = None if width is None else int(width) - 1
-    if slot.sliding or (slot.cache_layer is None and window is not None):
+    layer = slot.cache_layer
+    if slot.sliding or (layer is None and window is not None):
         return _sliding(query, key, value, attention_mask, window, options), None
-    if slot.cache_layer is not None and not slot.cache_layer.handed_out(key):
-        return _expanded(module, slot, query, key, value, attention_mask, window, options), None
-    if slot.cache_layer is not None and slot.cache_layer.flat is not None:
-        return _flat(module, slot.cache_layer.flat, query, window, options), None
-    step = _step(slot, query, key, value, attention_mask, window, options)
-    out = execute(slot.runtime.method, step)
-    slot.last = step if slot.runtime.chunked and step.phase != "decode" else None
-    return out.transpose(1, 2).contiguous(), None
+    if layer is not None and not layer.handed_out(key, value):
+        out = _expanded(module, slot, query, key, value, attention_mask, window, options)
+    elif layer is not None and layer.flat is not None:
+        out = _flat(module, layer.flat, query, window, options)
+    else:
+        step = _step(slot, query, key, value, attention_mask, window, options)
+        out = execute(slot.runtime.method, step).transpose(1, 2).contiguous()
+        if layer is not None:
+            layer.last = step if slot.runtime.chunked and step.phase != "decode" else None
+    if layer is not None:
+        layer.complete = True
+    return out, None
 
 
 def _step(
@@ -177,7 +200,7 @@ def _step(
         store = slot.cache_layer.store
     return Step(
         layer=slot.layer,
-        layers=runtime.layers,
+        layers=len(runtime.indices),
         phase="prefill" if slot.seen == 0 else ("decode" if M == 1 else "extend"),
         q=query,
         cache=store,
@@ -219,11 +242,13 @@ def _expanded(
     window: int | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """A model that makes its keys from what it stores (multi-head latent attention): dense only."""
-    if not isinstance(slot.runtime.method, Full):
+    """A model that makes its keys or values from what it stores: dense only, by methods that read and keep all."""
+    method = slot.runtime.method
+    if method.acts or not method.steady:
         raise UnsupportedModelError(
-            f"{type(module).__name__} makes its keys from a compressed latent after the cache (multi-head latent "
-            f"attention); only the method 'full' serves it, not {type(slot.runtime.method).__name__}"
+            f"{type(module).__name__} attends to other keys or values than it stores (made of a compressed latent, as "
+            "in multi-head latent attention, or used twice, as in differential attention); only the method 'full' "
+            f"serves it, not {type(method).__name__}"
         )
     return _sliding(query, key, value, mask, window, options)
 
@@ -263,11 +288,21 @@ def note_padding(module: nn.Module, mask: Tensor | None, m: int) -> None:
         slot.cache_layer.pending = slot.runtime.positions(mask, m)
 
 
-def end_prompt(slot: Slot) -> None:
-    """A chunked prompt is over for this layer."""
-    if slot.last is not None:
-        finish_prompt(slot.runtime.method, slot.last)
-        slot.last = None
+def end_prompt(runtime: Runtime, cache: Any) -> None:
+    """The chunked prompt of the request with this cache is over."""
+    for layer in cache.layers:
+        if isinstance(layer, FoveateLayer) and layer.last is not None:
+            finish_prompt(runtime.method, layer.last)
+            layer.last = None
+    request = request_of(cache)
+    if request is not None:
+        request.chunked = False
+
+
+def request_of(cache: Any) -> RunState | None:
+    """What the layers of the request with this cache share; None before its first forward."""
+    found: RunState | None = getattr(cache, "_foveate_request", None)
+    return found
 
 
 def register() -> None:

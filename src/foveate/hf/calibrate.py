@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import os
 import pkgutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from foveate.hf import calibrations
 from foveate.hf.calibrations.base import CALIBRATIONS, Work
 from foveate.hf.identity import identify
 from foveate.hf.modules import check_model
-from foveate.methods.profile import Profile, default_folder
+from foveate.methods.profile import Profile, check_target, default_folder
 from foveate.options import check_names, nearest, options_of
 
 
@@ -51,7 +50,7 @@ def calibrate(
         the saved profile. Long calibrations save unfinished work beside it (FOLDER.partial) and go on from there when
         called again with the same settings.
     Raises:
-        UnknownNameError, OptionError before any work; UnsupportedModelError for the model.
+        UnknownNameError, OptionError, ProfileError (for `out`) before any work; UnsupportedModelError for the model.
     """
     if name not in calibration_names():
         raise UnknownNameError(f"there is no calibration {name!r}{nearest(name, CALIBRATIONS)}")
@@ -62,8 +61,8 @@ def calibrate(
     if not callable(tokenizer):
         raise OptionError(f"calibrate({name!r}): tokenizer={tokenizer!r}, allowed: the model's tokenizer")
     identity = identify(model)
-    target = Path(out) if out is not None else default_folder(name, identity)
-    work = Work(identity, target.with_name(target.name + ".partial"), progress)
+    target = check_target(out if out is not None else default_folder(name, identity))
+    work = Work(identity, check_target(target.with_name(target.name + ".partial")), progress)
     found = chosen.run(model, tokenizer, work)
     described = {**dataclasses.asdict(chosen), **found.facts, "dtype": str(model.dtype), "torch": torch.__version__}
     profile = Profile(name, identity, found.tensors, described)

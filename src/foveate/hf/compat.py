@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+# Renamed from `past_key_values` to `cache`; GPT-NeoX and GPT-BigCode hand it to their layers as `layer_past`.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
-def cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache among an attention module's keyword arguments (renamed from `past_key_values` to `cache`)."""
-    for name in CACHE_NAMES:
-        if name in kwargs:
-            return kwargs[name]
-    return None
+def cache_of(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a module or the fields of a model's output."""
+    return next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+
+
+@contextmanager
+def implementation(config: Any, name: str) -> Iterator[None]:
+    """While it runs, attention modules with this configuration call the attention function `name`."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 _signatures: dict[type, inspect.Signature] = {}
@@ -38,6 +48,20 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**bound.pop("kwargs", {}), **bound, **{k: v for k, v in kwargs.items() if k not in bound}}
 
 
+# Why foveate leaves a kind of cache layer alone, by its name.
+OWN_STORAGE = {
+    "DummyLayer": "the layer reads the keys that another layer stored (shared KV), and foveate's methods change one "
+    "layer's keys at a time",
+    "LinearAttentionAndFullAttentionLayer": "it holds a recurrent state beside its keys",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "it holds a recurrent state beside its keys",
+    "DynamicIndexedLayer": "it holds keys of an indexer, with which the model selects by itself",
+}
+ELSEWHERE = (
+    "static, quantised and offloaded caches have their own storage; use the default dynamic cache: do not set "
+    "cache_implementation"
+)
+
+
 def grow(cache: Any, layer: int) -> None:
     """Lazily made caches append their layers; make sure `layer` exists."""
     replicate = getattr(cache, "layer_class_to_replicate", None)
@@ -52,6 +76,11 @@ def is_plain(layer: Any) -> bool:
 
 def is_sliding(layer: Any) -> bool:
     return isinstance(layer, DynamicSlidingWindowLayer) or bool(getattr(layer, "is_sliding", False))
+
+
+def counts(layer: Any) -> bool:
+    """Whether a cache layer counts the tokens that it has seen; a recurrent state does not."""
+    return isinstance(layer, CacheLayerMixin)
 
 
 def new_dynamic_cache(config: Any) -> Cache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from foveate.hf.compat import tokens_to_remove
 from foveate.methods.cache import LayerCache
+from foveate.methods.step import Step
 
 if TYPE_CHECKING:
     from foveate.hf.graph import FlatLayer
@@ -32,6 +34,10 @@ class FoveateLayer(CacheLayerMixin):
         self.store = LayerCache()
         self.handed: tuple[Tensor, Tensor] | None = None
         self.pending: Tensor | None = None
+        # The latest step of a prompt that comes in pieces, for methods that decide at its end.
+        self.last: Step | None = None
+        # False from a forward's entry into this layer until attention has read what was stored and decided what stays.
+        self.complete = True
         # While a decode step that can be recorded runs: where it writes and reads instead of the store.
         self.flat: FlatLayer | None = None
 
@@ -62,10 +68,11 @@ class FoveateLayer(CacheLayerMixin):
         self.handed = (key_states, value_states) if self.store.ragged else (self.store.keys, self.store.values)
         return self.handed
 
-    def handed_out(self, key: Tensor) -> bool:
-        """Whether `key` is what `update` returned, and not something the model made of it."""
-        return self.handed is not None and (
-            key is self.handed[0] or (key.data_ptr() == self.handed[0].data_ptr() and key.shape == self.handed[0].shape)
+    def handed_out(self, key: Tensor, value: Tensor) -> bool:
+        """Whether both are what `update` returned, and not something the model made of it."""
+        return self.handed is not None and all(
+            given is ours or (given.data_ptr() == ours.data_ptr() and given.shape == ours.shape)
+            for given, ours in zip((key, value), self.handed)
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -82,19 +89,27 @@ class FoveateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store = LayerCache()
-        self.handed = None
+        self.handed, self.pending, self.last = None, None, None
+        self.complete = True
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.store.select_batch(beam_idx)
+        self._select(beam_idx)
         self.handed = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store.shape[0]:
-            self.store.select_batch(torch.arange(self.store.shape[0]).repeat_interleave(repeats))
+            self._select(torch.arange(self.store.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.store.select_batch(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def _select(self, index: Tensor) -> None:
+        self.store.select_batch(index)
+        if self.last is not None:
+            rows = {name: getattr(self.last, name) for name in ("q", "q_positions", "hidden")}
+            picked = {name: x[index.to(x.device)] for name, x in rows.items() if x is not None}
+            self.last = replace(self.last, **picked)
 
     def crop(self, tokens_to_keep: int) -> None:
         self.store.crop(tokens_to_remove(self.store.seen, tokens_to_keep))

@@ -36,6 +36,10 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         for each in decoder.modules()
         if isinstance(each, tuple(classes)) and getattr(each, "layer_idx", None) is not None
     ]
+    types = getattr(text_config(model), "layer_types", None)
+    if types:
+        # Some models declare their recurrent layers as attentions too.
+        modules = [each for each in modules if types[int(each.layer_idx)] != "linear_attention"]  # type: ignore[arg-type]
     modules = [each for each in modules if not getattr(each, "is_cross_attention", False)]
     if not modules:
         raise UnsupportedModelError(
@@ -72,4 +76,20 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError(
             f"{name} does not use transformers' attention interface (AttentionInterface), so its attention cannot be "
             "replaced; use a model class that does (see the transformers documentation, 'attention interface')"
+        )
+
+
+def check_attention(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """Refuse attention modules that foveate cannot stand in for."""
+    name = type(model).__name__
+    if any(hasattr(module, "prepare_dynamic_mask") for module in modules):
+        raise UnsupportedModelError(
+            f"{name} makes a mask of its own from its values in every layer (dynamic mask attention), which foveate "
+            "does not serve"
+        )
+    shared = [int(each.layer_idx) for each in modules if getattr(each, "is_kv_shared_layer", False)]  # type: ignore[arg-type]
+    if shared:
+        raise UnsupportedModelError(
+            f"layers {shared} of {name} read the keys that another layer stored (shared KV), and foveate's methods "
+            "change one layer's keys at a time"
         )

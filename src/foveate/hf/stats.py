@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from foveate.methods.cache import LayerCache
-from foveate.methods.step import Reading
+from foveate.methods.step import Reading, mean_recall, scanned_share
 
 
 @dataclass
 class Stats:
     """Figures of the latest request under `apply`.
 
-    cache_bytes: allocated by the cache now, everything included. density: pairs of query and key that were read over
+    cache_bytes: allocated by the cache now, everything included; host_bytes of them in host memory beside the model's
+    device, device_bytes the rest. scanned_share: of methods with an index, the pairs of query and key that it scored
+    over those it holds. recall: of their searches against exact ones, where that was measured. density: pairs of query and key that were read over
     those a dense model reads, over all steps (prefill_density, decode_density: per phase; extend counts as prefill).
     """
 
@@ -27,6 +29,22 @@ class Stats:
     @property
     def cache_bytes(self) -> int:
         return self.other_bytes + sum(store.bytes() for store in self.stores)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(store.host_bytes() for store in self.stores)
+
+    @property
+    def device_bytes(self) -> int:
+        return self.cache_bytes - self.host_bytes
+
+    @property
+    def scanned_share(self) -> float | None:
+        return scanned_share(self.readings)
+
+    @property
+    def recall(self) -> float | None:
+        return mean_recall(self.readings)
 
     @property
     def seen(self) -> int:
@@ -58,9 +76,13 @@ class Stats:
         return {
             "tokens_seen": self.seen,
             "cache_bytes": self.cache_bytes,
+            "host_bytes": self.host_bytes,
+            "device_bytes": self.device_bytes,
             "density": self.density,
             "prefill_density": self.prefill_density,
             "decode_density": self.decode_density,
+            "scanned_share": self.scanned_share,
+            "recall": self.recall,
             "lengths": self.lengths,
         }
 
@@ -72,7 +94,9 @@ class Stats:
             f"{self.seen} tokens seen, {held.mean():.0f} held per head "
             f"(layers: {held.min():.0f} to {held.max():.0f}), {self.cache_bytes / 2**20:.2f} MiB"
         ]
-        for name in ("prefill_density", "decode_density"):
+        if self.host_bytes:
+            shown[0] += f", {self.host_bytes / 2**20:.2f} MiB of them in host memory"
+        for name in ("prefill_density", "decode_density", "scanned_share", "recall"):
             value = getattr(self, name)
             if value is not None:
                 shown.append(f"{name.replace('_', ' ')} {value:.3f}")

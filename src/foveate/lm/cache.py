@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from foveate.errors import UnsupportedCacheError
+from foveate.errors import StateError, UnsupportedCacheError
 from foveate.mixers.base import MixerState
 
 # The argument and output that holds the cache: `past_key_values`, in newer versions `cache`.
@@ -115,6 +115,15 @@ class HybridCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input read so far, padding included."""
         return self.held[layer_idx].seen
+
+    def check_whole(self) -> None:
+        """Raise StateError unless every layer has read the same tokens."""
+        seen = [layer.seen for layer in self.held]
+        if len(set(seen)) > 1:
+            raise StateError(
+                f"a forward was interrupted: the cache's first layers have read {max(seen)} tokens and the others "
+                f"{min(seen)}, allowed: as many in all layers; start a new cache from the first token"
+            )
 
     def bytes(self) -> int:
         """Bytes of all states."""

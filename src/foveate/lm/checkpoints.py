@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zipfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from foveate.errors import DataError, ResultsError
 from foveate.lm.config import HybridConfig
+from foveate.lm.model import HybridLM
 
 _ARCHIVES = ("optimizer.pt", "scheduler.pt")
 _MODEL = "model.safetensors"
+# Checkpoints from before them lack the newer options.
+_NEWER = ("experts", "top_experts", "shared_experts", "dense_layers", "spike_k", "spike_group")
+_SHAPING = ("mixers", "dim", "heads", "vocab_size", "tie_embeddings", "mlp_ratio", "mlp_multiple", *_NEWER)
 
 
 def checkpoint_to_resume(output: Path, resume: str, config: HybridConfig) -> Path | None:
@@ -38,19 +44,24 @@ def checkpoint_to_resume(output: Path, resume: str, config: HybridConfig) -> Pat
 
 
 def check_checkpoint(folder: Path, config: HybridConfig) -> None:
-    """Raise DataError unless the folder is a whole checkpoint of the model that `config` describes."""
+    """Raise DataError unless the folder is a whole checkpoint of the model that `config` describes.
+
+    Every tensor of the model must be there, in its shape and with finite values: the Trainer goes on with fresh weights
+    where one is missing.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such checkpoint; name a folder checkpoint-N of a run, or resume = 'auto'")
-    _json(folder / "trainer_state.json")
-    saved = _json(folder / "config.json")
+    _trainer_state(folder / "trainer_state.json")
+    plain = HybridConfig(mixers=["softmax"]).to_dict()
+    saved = {**{name: plain[name] for name in _NEWER}, **_json(folder / "config.json")}
     wanted = config.to_dict()
-    for name in ("mixers", "dim", "heads", "vocab_size", "tie_embeddings", "mlp_ratio", "mlp_multiple"):
+    for name in _SHAPING:
         if saved.get(name) != wanted[name]:
             raise DataError(
                 f"{folder}: a checkpoint of a model with {name}={saved.get(name)!r}, but the run says "
                 f"{wanted[name]!r}; resume with the same [model], or start in another output"
             )
-    _weights(folder)
+    _weights(folder, config)
     for name in (*_ARCHIVES, *(each.name for each in sorted(folder.glob("rng_state*.pth")))):
         _archive(folder / name)
 
@@ -72,7 +83,16 @@ def _json(path: Path) -> dict[str, object]:
     return found
 
 
-def _weights(folder: Path) -> None:
+def _trainer_state(path: Path) -> None:
+    state = _json(path)
+    for name in ("global_step", "train_batch_size"):
+        value = state.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            given = f"{name}={value!r}" if name in state else f"no {name}"
+            raise _damaged(path, f"it has {given}, allowed: a whole number >= 0")
+
+
+def _weights(folder: Path, config: HybridConfig) -> None:
     index = folder / f"{_MODEL}.index.json"
     shards = {_MODEL}
     if index.exists():
@@ -80,13 +100,39 @@ def _weights(folder: Path) -> None:
         if not isinstance(weights, dict):
             raise _damaged(index, "it has no weight_map")
         shards = {str(name) for name in weights.values()}
+    with torch.device("meta"):
+        model = HybridLM(copy.deepcopy(config))
+    wanted = {name: list(each.shape) for name, each in model.state_dict().items()}
+    ties = model.get_expanded_tied_weights_keys()
+    # Of tensors that are one, any name may have been written.
+    missing = {ties.get(name, name) for name in wanted}
     for name in sorted(shards):
-        try:
-            # Opening checks the header against the file's size.
-            with safe_open(folder / name, "pt") as opened:
-                opened.keys()
-        except (OSError, SafetensorError) as error:
-            raise _damaged(folder / name, error) from error
+        found = _shard(folder / name, wanted)
+        missing -= {ties.get(each, each) for each in found}
+    if missing:
+        first = min(missing)
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise _damaged(
+            index if index.exists() else folder / _MODEL, f"it lacks the tensor {first} {wanted[first]}{more}"
+        )
+
+
+def _shard(path: Path, wanted: dict[str, list[int]]) -> list[str]:
+    """The names of a file's tensors, each one of the model's, in its shape and finite."""
+    try:
+        # Opening checks the header against the file's size.
+        with safe_open(path, "pt") as opened:
+            names = list(opened.keys())
+            for name in names:
+                shape = list(opened.get_slice(name).get_shape())
+                if shape != wanted.get(name):
+                    allowed = f"allowed: {wanted[name]}" if name in wanted else "and the model has none of that name"
+                    raise _damaged(path, f"the tensor {name} is {shape}, {allowed}")
+                if not bool(opened.get_tensor(name).isfinite().all()):
+                    raise _damaged(path, f"the tensor {name} has values that are not finite")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return names
 
 
 def _archive(path: Path) -> None:

@@ -3,13 +3,22 @@
     1. The model becomes a HybridLM of softmax mixers with the same weights (`pretrained.as_hybrid`).
     2. The chosen layers get new mixers that start from their q, k, v and o projections.
     3. distill: the new mixers learn, layer by layer, what the old ones do (`distill.distill`).
-    4. finetune: the whole model learns to predict the next token again, with LoRA (`finetune.finetune`).
+    4. With `upcycle`, every SwiGLU block becomes experts, all copies at first (`upcycle.upcycle`).
+    5. finetune: the whole model learns to predict the next token again, with LoRA (`finetune.finetune`); with `extend`
+       it goes on at greater lengths.
+    6. With `spikes`, the linear layers get 8-bit weights and read spike counts (`spikes.spike_coded`).
 
 The procedure of Hedgehog (Zhang et al. 2024, arXiv 2402.04347) and LoLCATs (Zhang et al. 2024, arXiv 2410.10254), for
 any mixer with such projections. The result is a HybridLM and not the original class with modules swapped: `generate`
 with beams and padding, `save_pretrained`, `from_pretrained` and the Auto classes then work through the one shell that
 already keeps states of every kind, where a model with swapped modules needs a cache and a loader of its own and a plain
 `from_pretrained` of it would come up with random attention.
+
+SpikingBrain (Pan et al. 2025, arXiv 2509.05276) is such a conversion without distillation, all of it trained (100B
+tokens at a length of 8192, 20 to 30B at 32768 and as many at 131072, after Qwen2.5-7B):
+
+    convert(model, tokenizer, to="spikingbrain,spikingbrain-window:window=4096", distill_steps=0, finetune="full",
+            length=8192, finetune_steps=..., extend=(32768, 131072), extend_steps=..., spikes=3.0)
 
 Deviations: the new mixers' own parameters go on training in the second stage; learning rates fall by a cosine.
 """
@@ -34,7 +43,9 @@ from foveate.lm.distill import distill, objective_of
 from foveate.lm.finetune import check_installed, finetune
 from foveate.lm.model import HybridLM
 from foveate.lm.pretrained import as_hybrid, mixer_at, replace_layers
+from foveate.lm.spikes import spike_coded
 from foveate.lm.stages import perplexity
+from foveate.lm.upcycle import upcycle
 from foveate.methods.profile import ModelIdentity, Profile, load
 from foveate.mixers.base import Mixer
 from foveate.options import check_names, options_of, parse_spec
@@ -45,9 +56,9 @@ class Conversion:
     """What a conversion came to.
 
     model: the converted model, in evaluation mode, in the given model's dtype.    layers: those that were replaced.
-    perplexity: on held-out text, of "base", "replaced" (nothing trained yet), "distilled" and "finetuned"; a stage of
-        no steps is left out.
-    losses: per step of "distill" and "finetune".    folder: where it is kept, None for nowhere.
+    perplexity: on held-out text, of "base", "replaced" (nothing trained yet), "distilled", "upcycled", "finetuned",
+        "extended-LENGTH" and "spiking"; a stage that is not asked for is left out.
+    losses: per step of "distill", "finetune" and "extend-LENGTH".    folder: where it is kept, None for nowhere.
     """
 
     model: HybridLM
@@ -65,13 +76,14 @@ class Conversion:
         of = f"{len(self.layers)} of {len(self.model.config.mixers)} layers"
         steps = ", ".join(f"{stage} {value:.2f}" for stage, value in self.perplexity.items())
         kept = "" if self.folder is None else f"; {self.folder / 'model'}"
-        return f"{of} are {self.model.config.mixers[self.layers[0]]}; perplexity: {steps}{kept}"
+        kinds = dict.fromkeys(self.model.config.mixers[layer] for layer in self.layers)
+        return f"{of} are {' and '.join(kinds)}; perplexity: {steps}{kept}"
 
 
 def convert(
     model: Any,
     tokenizer: Any,
-    to: str = "hedgehog",
+    to: str | Sequence[str] = "hedgehog",
     *,
     layers: Sequence[int] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -87,7 +99,9 @@ def convert(
     Args:
         model: a transformers causal LM of Llama's layout, on the device where the work is to be done; it is left as
             it is.    tokenizer: its tokenizer.
-        to: a mixer's spec.    layers: which layers, from 0; default: `ratio` of them, spread evenly.
+        to: a mixer's spec, or several (a list, or text with commas): layer i takes number i modulo their count, and
+            as many as layers name each layer's; a bare "softmax" among them leaves its layers as they are.
+        layers: which layers, from 0; default: `ratio` of them, spread evenly.
         out: a folder for the model, its tokenizer, result.json, and unfinished work. Called again with the same
             arguments, a conversion goes on where it was interrupted; a finished one is loaded. Default: nothing is
             written.
@@ -103,7 +117,9 @@ def convert(
         of rows. Two sets of weights at most (float32) beside the model's own.
     """
     check_names("convert", settings, options_of(ConvertConfig))
-    config = ConvertConfig(to=to, layers=None if layers is None else tuple(layers), **settings)
+    config = ConvertConfig(
+        to=to if isinstance(to, str) else tuple(to), layers=None if layers is None else tuple(layers), **settings
+    )
     check_installed(config)
     check_model(model)
     folder = None if out is None else Path(out).expanduser()
@@ -113,19 +129,21 @@ def convert(
         return finished
     teacher = as_hybrid(model)
     chosen = config.chosen(len(teacher.layers))
-    student = replace_layers(teacher, chosen, config.to, config.seed)
+    student = replace_layers(teacher, chosen, config.specs, config.seed)
     mixers = {index: mixer_at(student, index) for index in chosen}
     objective_of(mixers, config.objective)
     documents = read_documents(config.text, config.separator)
     train, test = pack(documents, tokenizer, config.length).split(config.held_out)
+    longer = {length: train.in_blocks(length) for length in config.extend}
     run.make_folder()
     losses, scores = run.distil(teacher, student, mixers, train, test)
     # Its tensors are the student's, which change now.
     del teacher
-    if config.finetune_steps:
-        student, losses["finetune"] = finetune(student, chosen, train, config, run.work("finetune"))
-        scores["finetuned"] = perplexity(student, test, config)
-    made = Conversion(student.to(model.dtype), chosen, scores, losses, folder)
+    student = run.train(student, chosen, longer, train, test, losses, scores).to(model.dtype)
+    if config.spikes is not None:
+        student = spike_coded(student, k=config.spikes, group=config.spike_group)
+        scores["spiking"] = perplexity(student, test, config)
+    made = Conversion(student, chosen, scores, losses, folder)
     run.save(made, tokenizer)
     return made
 
@@ -159,8 +177,9 @@ class _Run:
         path = self.folder / "result.json"
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            held = record["config"], record["identity"]
-        except (OSError, ValueError, KeyError) as error:
+            # Of settings newer than the record, the defaults made it.
+            held = {**ConvertConfig().as_dict(), **record["config"]}, record["identity"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no result of a conversion ({error}); delete {self.folder}") from error
         wanted = self.config.as_dict(), asdict(self.identity)
         if held != wanted:
@@ -198,6 +217,41 @@ class _Run:
             Profile("convert-distilled", self.identity, tensors, described).save(self.folder / "distilled")
         return losses, scores
 
+    def train(
+        self,
+        student: HybridLM,
+        layers: tuple[int, ...],
+        longer: dict[int, PackedText],
+        text: PackedText,
+        test: PackedText,
+        losses: dict[str, list[float]],
+        scores: dict[str, float],
+    ) -> HybridLM:
+        """Upcycle and train the whole model; adds to losses and scores."""
+        config = self.config
+        if config.upcycle:
+            student = upcycle(
+                student,
+                experts=config.upcycle,
+                top=config.upcycle_top,
+                shared=config.upcycle_shared,
+                scale=config.upcycle_scale,
+                noise=config.router_noise,
+                dense_layers=config.dense_layers,
+                seed=config.seed,
+            )
+            scores["upcycled"] = perplexity(student, test, config)
+        if config.finetune_steps:
+            student, losses["finetune"] = finetune(student, layers, text, config, self.work("finetune"))
+            scores["finetuned"] = perplexity(student, test, config)
+        for length, blocks in longer.items():
+            stage = f"extend-{length}"
+            student, losses[stage] = finetune(
+                student, layers, blocks, config, self.work(stage), stage=stage, steps=config.extend_steps
+            )
+            scores[f"extended-{length}"] = perplexity(student, test, config)
+        return student
+
     def _load_distilled(self, mixers: dict[int, Mixer]) -> tuple[dict[str, list[float]], dict[str, float]] | None:
         if self.folder is None or not (self.folder / "distilled").exists():
             return None
@@ -228,7 +282,7 @@ class _Run:
         part = self.folder / ".result.json"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, self.folder / "result.json")
-        for stage in ("distill", "finetune"):
+        for stage in ("distill", "finetune", *(f"extend-{length}" for length in self.config.extend)):
             self.work(stage).forget_partial()
 
 
@@ -238,6 +292,8 @@ def run_convert(
     to: str = "hedgehog",
     layers: str | None = None,
     text: Sequence[str] = (),
+    extend: str | None = None,
+    dense_layers: str | None = None,
     out: str | os.PathLike[str],
     settings: Sequence[str] = (),
     dtype: str = "float32",
@@ -246,23 +302,29 @@ def run_convert(
 ) -> Conversion:
     """The body of `foveate convert`: load a model by name, convert it, keep it in `out`.
 
-    model: folder or hub name; default the bundled one.    layers: "1,3,5"; default: by ratio.    text: files; default
-    Python's manual.    settings: "name=value" of `ConvertConfig`, several.    dtype, device: as of `load_model`.
+    model: folder or hub name; default the bundled one.    to: a spec, or several with commas.    layers: "1,3,5";
+    default: by ratio.    text: files; default Python's manual.    extend: "32768,131072", further lengths.
+    dense_layers: "0,1", layers without experts.    settings: "name=value" of `ConvertConfig`, several.    dtype,
+    device: as of `load_model`.
     Raises: as `convert`, and OptionError for layers or settings that cannot be read.
     """
     _, given = parse_spec(f"convert:{','.join(settings)}")
-    for name in ("to", "layers", "text"):
+    for name in ("to", "layers", "text", "extend", "dense_layers"):
         if name in given:
-            raise OptionError(f"convert: {name} among the settings, allowed: its own argument, --{name}")
+            flag = name.replace("_", "-")
+            raise OptionError(f"convert: {name} among the settings, allowed: its own argument, --{flag}")
     if text:
         given["text"] = tuple(text)
-    chosen = None if layers is None else _layer_numbers(layers)
+    for name, numbers in (("extend", extend), ("dense_layers", dense_layers)):
+        if numbers is not None:
+            given[name] = _numbers(name, numbers)
+    chosen = None if layers is None else _numbers("layers", layers)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     return convert(loaded, tokenizer, to, layers=chosen, out=out, progress=progress, **given)
 
 
-def _layer_numbers(text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(each) for each in text.split(","))
     except ValueError:
-        raise OptionError(f"convert: layers={text!r}, allowed: whole numbers separated by commas, as 1,3,5") from None
+        raise OptionError(f"convert: {name}={text!r}, allowed: whole numbers separated by commas, as 1,3,5") from None

@@ -55,6 +55,17 @@ class PackedText(Dataset[dict[str, Tensor]]):
         held = min(max(1, round(share * len(self))), len(self) - 1)
         return self._part(slice(0, len(self) - held)), self._part(slice(len(self) - held, len(self)))
 
+    def in_blocks(self, length: int) -> PackedText:
+        """The same tokens in blocks of another length; a last piece shorter than a block is left out."""
+        blocks = self.tokens.numel() // length
+        if blocks < 1:
+            raise DataError(f"{self.tokens.numel()} tokens of text make no block of {length}; give more text")
+
+        def cut(x: Tensor) -> Tensor:
+            return x.flatten()[: blocks * length].view(blocks, length)
+
+        return PackedText(cut(self.tokens), cut(self.targets), None if self.positions is None else cut(self.positions))
+
     def _part(self, rows: slice) -> PackedText:
         positions = None if self.positions is None else self.positions[rows]
         return PackedText(self.tokens[rows], self.targets[rows], positions)

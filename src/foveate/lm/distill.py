@@ -34,7 +34,7 @@ def objective_of(students: dict[int, Mixer], asked: str) -> str:
     """What the students are trained on; raises OptionError where they cannot be."""
     mimics = all(isinstance(each, HedgehogMixer) for each in students.values())
     if asked == "weights" and not mimics:
-        name = next(iter(students.values())).name
+        name = next(each.name for each in students.values() if not isinstance(each, HedgehogMixer))
         raise OptionError(
             f"convert: objective='weights' with {name!r}, allowed: 'outputs'; only hedgehog's maps learn weights"
         )

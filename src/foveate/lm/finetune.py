@@ -26,18 +26,30 @@ from foveate.lm.stages import Stage, computing
 
 def check_installed(config: ConvertConfig) -> None:
     """Raise MissingPackageError where LoRA is asked for without peft."""
-    if config.finetune == "lora" and config.finetune_steps and importlib.util.find_spec("peft") is None:
+    if (
+        config.finetune == "lora"
+        and (config.finetune_steps or config.extend)
+        and importlib.util.find_spec("peft") is None
+    ):
         raise MissingPackageError("peft", "finetuning with LoRA", "pip install 'foveate[train]'")
 
 
 def finetune(
-    model: HybridLM, layers: Iterable[int], data: PackedText, config: ConvertConfig, work: Work
+    model: HybridLM,
+    layers: Iterable[int],
+    data: PackedText,
+    config: ConvertConfig,
+    work: Work,
+    *,
+    stage: str = "finetune",
+    steps: int | None = None,
 ) -> tuple[HybridLM, list[float]]:
     """Train on the next token.
 
     Args:
         model: trained in place.    layers: whose mixers are new; all their parameters but the projections train as
             they are.    data: text.    config: steps, rate, rank, precision.    work: see `Stage.run`.
+        stage: its name; with other steps than the config's, another stage of the same kind.
     Returns:
         the model, in evaluation mode, with every update added to its weights; per step, the loss in nats.
     """
@@ -53,8 +65,9 @@ def finetune(
         return float(loss.detach())
 
     trained.train()
-    stage = Stage("finetune", config.finetune_steps, config.finetune_rate, config.finetune_minutes, config)
-    losses = stage.run(parameters, backward, data, work)
+    count = config.finetune_steps if steps is None else steps
+    run = Stage(stage, count, config.finetune_rate, config.finetune_minutes, config)
+    losses = run.run(parameters, backward, data, work)
     merged: HybridLM = trained.merge_and_unload() if config.finetune == "lora" else trained
     return merged.requires_grad_(True).eval(), losses
 

@@ -9,6 +9,7 @@ sequences only, and what stands in padding (NaN too) reaches nothing.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,22 +27,10 @@ from foveate.errors import OptionError, ShapeError, UnsupportedCacheError
 from foveate.lm.cache import CACHE_NAME, HybridCache
 from foveate.lm.config import HybridConfig
 from foveate.mixers.base import Initialised, MixerState
+from foveate.mixers.linear.spikes import code_linears
 from foveate.mixers.parts import RMSNorm
 
 IGNORED = -100
-
-
-class SwiGLU(nn.Module):
-    """(silu(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, width, bias=False)
-        self.up_proj = nn.Linear(dim, width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class HybridBlock(GradientCheckpointingLayer):
@@ -51,9 +40,8 @@ class HybridBlock(GradientCheckpointingLayer):
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.rms_norm_eps)
         self.mixer = config.make_mixer(index)
-        width = config.mlp_width
-        self.mlp_norm = RMSNorm(config.dim, config.rms_norm_eps) if width else None
-        self.mlp = SwiGLU(config.dim, width) if width else None
+        self.mlp_norm = RMSNorm(config.dim, config.rms_norm_eps) if config.mlp_width else None
+        self.mlp = config.make_mlp(index)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -128,6 +116,8 @@ class HybridLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(HybridBlock(config, index) for index in range(len(config.mixers)))
         self.norm = RMSNorm(config.dim, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.spike_k is not None:
+            code_linears(self, config.spike_k, config.spike_group)
         self._tied_weights_keys = self._ties()
         self.post_init()
 
@@ -202,9 +192,15 @@ class HybridLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many logits, or those at these indices; 0 for all.
         Returns:
             CausalLMOutputWithPast. The loss has the mixers' auxiliary losses added in training.
+        Raises:
+            ShapeError, OptionError; StateError for a cache that an interrupted forward left behind. Tokens and labels
+            beyond the vocabulary are looked for on the CPU; on a GPU with FOVEATE_CHECK_VALUES=1, as that makes every
+            call wait.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise OptionError("HybridLM takes input_ids or inputs_embeds, allowed: exactly one of them")
+        _check_input(input_ids, inputs_embeds, self.config)
+        for name, asked in (("labels", labels), ("shift_labels", shift_labels)):
+            if asked is not None:
+                check_ids(asked, name, self.config.vocab_size, IGNORED)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         given = cu_seqlens if cu_seqlens is not None else kwargs.get("cu_seq_lens_q")
@@ -259,6 +255,7 @@ class HybridLM(PreTrainedModel, GenerationMixin):
                 raise UnsupportedCacheError(
                     f"the cache has {len(given)} layers, allowed: {len(self.layers)}, as the model"
                 )
+            given.check_whole()
             return given
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         # A checkpointed layer runs again in the backward pass, where states must not be made.
@@ -320,6 +317,37 @@ class HybridLM(PreTrainedModel, GenerationMixin):
     def state_bytes(self, batch: int, length: int) -> int:
         """Bytes of the cache after `length` tokens of `batch` sequences."""
         return sum(cast(HybridBlock, block).mixer.state_bytes(batch, length) for block in self.layers)
+
+
+def _check_input(ids: Tensor | None, embeds: Tensor | None, config: HybridConfig) -> None:
+    if (ids is None) == (embeds is None):
+        raise OptionError("HybridLM takes input_ids or inputs_embeds, allowed: exactly one of them")
+    name, given = ("input_ids", ids) if ids is not None else ("inputs_embeds", cast(Tensor, embeds))
+    if ids is not None and (ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32)):
+        raise ShapeError(f"HybridLM: input_ids {list(ids.shape)} {ids.dtype}, allowed: [B, N] of int64 or int32")
+    if embeds is not None:
+        match(inputs_embeds=(embeds, f"B N {config.dim}"))
+    if given.shape[1] == 0:
+        raise ShapeError(f"HybridLM: {name} {list(given.shape)} has N = 0, allowed: at least one token")
+    if ids is not None:
+        check_ids(ids, name, config.vocab_size)
+
+
+def check_ids(ids: Tensor, name: str, vocab: int, ignored: int | None = None) -> None:
+    """Raise OptionError for a token outside the vocabulary; of tensors on the CPU only, see `HybridLM.forward`."""
+    if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
+        return
+    if ids.device.type != "cpu" and os.environ.get("FOVEATE_CHECK_VALUES") != "1":
+        return
+    outside = (ids < 0) | (ids >= vocab)
+    if ignored is not None:
+        outside &= ids != ignored
+    if bool(outside.any()):
+        also = "" if ignored is None else f", or {ignored} for none"
+        raise OptionError(
+            f"HybridLM: {name} has {int(ids[outside][0])}, allowed: 0 to {vocab - 1}, the vocabulary's{also}; use the "
+            "tokenizer that the model was trained with"
+        )
 
 
 def _real_tokens(attention_mask: Tensor, x: Tensor) -> Tensor | None:

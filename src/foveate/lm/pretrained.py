@@ -1,7 +1,8 @@
 """Pretrained Llama-like models as HybridLM: the same weights, every layer a "softmax" mixer, and other mixers in the
 place of some.
 
-HybridLM's blocks are Llama's, so the weights move over by name. What is not Llama's (biases, other activations, scaled
+HybridLM's blocks are Llama's, so the weights move over by name, biases of q, k and v (Qwen2) too. What is not Llama's
+(other biases, other activations, scaled
 rotary angles, sliding windows) is refused: by name where the weights or the configuration show it, and by comparing
 logits.
 """
@@ -35,6 +36,7 @@ _NAMES = (
     (r"model\.layers\.(\d+)\.input_layernorm\.weight", r"layers.\1.mixer_norm.weight"),
     (r"model\.layers\.(\d+)\.post_attention_layernorm\.weight", r"layers.\1.mlp_norm.weight"),
     (r"model\.layers\.(\d+)\.self_attn\.([qkvo]_proj|[qk]_norm)\.weight", r"layers.\1.mixer.\2.weight"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.bias", r"layers.\1.mixer.\2.bias"),
     (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight", r"layers.\1.mlp.\2_proj.weight"),
 )
 
@@ -48,7 +50,7 @@ def as_hybrid(model: Any) -> HybridLM:
     """A HybridLM that computes what a Llama-like causal LM does.
 
     Args:
-        model: a transformers causal LM of Llama's layout (Llama, SmolLM2, Qwen3, ...); it is left as it is.
+        model: a transformers causal LM of Llama's layout (Llama, SmolLM2, Qwen2, Qwen3, ...); it is left as it is.
     Returns:
         the HybridLM in evaluation mode, on the model's device, with copies of its weights in float32.
     Raises:
@@ -60,7 +62,7 @@ def as_hybrid(model: Any) -> HybridLM:
     # Compared in float32, where a wrong activation cannot hide in rounding; the copy's tensors become the hybrid's.
     source = copy.deepcopy(model).float().eval()
     state = {_our_name(name, model): each.detach() for name, each in source.state_dict().items()}
-    made = _built(_config_of(settings, "layers.0.mixer.q_norm.weight" in state), state)
+    made = built(_config_of(settings, state), state)
     made.generation_config = copy.deepcopy(model.generation_config)
     _check_logits(source, made)
     return made
@@ -72,7 +74,7 @@ def _our_name(name: str, model: Any) -> str:
             return re.sub(theirs, ours, name)
     raise UnsupportedModelError(
         f"{type(model).__name__} has weights {name!r} that Llama's layout lacks, so its layers cannot be replaced; "
-        "allowed: models of Llama's layout (Llama, SmolLM2, Qwen3, ...)"
+        "allowed: models of Llama's layout (Llama, SmolLM2, Qwen2, Qwen3, ...)"
     )
 
 
@@ -92,14 +94,16 @@ def _check_config(model: Any, settings: Any) -> None:
         )
 
 
-def _config_of(settings: Any, qk_norm: bool) -> HybridConfig:
+def _config_of(settings: Any, state: dict[str, Tensor]) -> HybridConfig:
     heads = settings.num_attention_heads
     options = {
         "kv_heads": getattr(settings, "num_key_value_heads", None) or heads,
         "head_dim": getattr(settings, "head_dim", None) or settings.hidden_size // heads,
         "rope_base": float(settings.rope_parameters["rope_theta"]),
-        "qk_norm": qk_norm,
+        "qk_norm": "layers.0.mixer.q_norm.weight" in state,
     }
+    if "layers.0.mixer.q_proj.bias" in state:
+        options["bias"] = True
     return HybridConfig(
         mixers=[format_spec("softmax", options)] * settings.num_hidden_layers,
         dim=settings.hidden_size,
@@ -117,7 +121,7 @@ def _config_of(settings: Any, qk_norm: bool) -> HybridConfig:
     )
 
 
-def _built(config: HybridConfig, state: dict[str, Tensor], mixers: dict[int, Mixer] | None = None) -> HybridLM:
+def built(config: HybridConfig, state: dict[str, Tensor], mixers: dict[int, Mixer] | None = None) -> HybridLM:
     """A HybridLM that holds these very tensors, and these mixers in place of its own."""
     # No weights are made only to be thrown away.
     with torch.device("meta"):
@@ -148,20 +152,22 @@ def _check_logits(model: Any, made: HybridLM) -> None:
         )
 
 
-def replace_layers(teacher: HybridLM, layers: Sequence[int], to: str, seed: int = 0) -> HybridLM:
+def replace_layers(teacher: HybridLM, layers: Sequence[int], to: str | Sequence[str], seed: int = 0) -> HybridLM:
     """A model like `teacher` with other mixers in some layers, which start from the projections of the old ones.
 
     Args:
         teacher: from `as_hybrid`. The new model holds its very tensors, except in the replaced layers.
-        layers: which ones.    to: a mixer's spec; options that the layer decides (kv_heads, head_dim, rope_base,
-            qk_norm, expand_k, expand_v) are filled in where the mixer has them.    seed: of its other weights.
+        layers: which ones.    to: a mixer's spec, or several: layer i takes number i modulo their count. Options that
+            the layer decides (kv_heads, head_dim, rope_base, qk_norm, bias, expand_k, expand_v) are filled in where the
+            mixer has them.    seed: of its other weights.
     Raises:
         OptionError for a mixer whose projections do not have the layer's shape, or that is not causal.
     """
     old = {index: cast(SoftmaxMixer, mixer_at(teacher, index)) for index in layers}
     specs = list(teacher.config.mixers)
+    cycle = (to,) if isinstance(to, str) else tuple(to)
     for index, mixer in old.items():
-        specs[index] = _spec_like(mixer, to)
+        specs[index] = _spec_like(mixer, cycle[index % len(cycle)])
     settings = {**teacher.config.to_dict(), "mixers": specs}
     config = HybridConfig.from_dict(settings)
     like = teacher.embed_tokens.weight
@@ -171,7 +177,7 @@ def replace_layers(teacher: HybridLM, layers: Sequence[int], to: str, seed: int 
         made = {index: config.make_mixer(index).to(like.dtype) for index in layers}
     for index, mixer in made.items():
         adopt(mixer, old[index])
-    model = _built(config, teacher.state_dict(), made)
+    model = built(config, teacher.state_dict(), made)
     model.generation_config = copy.deepcopy(teacher.generation_config)
     return model
 
@@ -186,6 +192,7 @@ def _spec_like(mixer: SoftmaxMixer, to: str) -> str:
         "head_dim": mixer.head_dim,
         "rope_base": mixer.rope.base,
         "qk_norm": mixer.q_norm is not None,
+        "bias": mixer.q_proj.bias is not None,
         "expand_k": mixer.heads * mixer.head_dim / mixer.dim,
         "expand_v": mixer.heads * mixer.head_dim / mixer.dim,
     }
@@ -201,6 +208,11 @@ def adopt(mixer: Mixer, old: SoftmaxMixer) -> None:
     own, theirs = dict(mixer.named_parameters()), dict(old.named_parameters())
     for each in PROJECTIONS:
         mixer.require(f"{each}.weight" in own, f"has no {each}, allowed: mixers with {', '.join(PROJECTIONS)}")
+        mixer.require(
+            f"{each}.bias" in own or f"{each}.bias" not in theirs,
+            f"{each} has no bias and the replaced layer's has one, allowed: mixers with an option bias (softmax, "
+            "hedgehog, spikingbrain, spikingbrain-window)",
+        )
     for name, source in theirs.items():
         if name not in own:
             continue

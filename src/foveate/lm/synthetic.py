@@ -17,7 +17,7 @@ gaps), so equal seeds give its arrays; the random filler, which the source leave
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from foveate.errors import OptionError, UnknownNameError
-from foveate.options import nearest
+from foveate.options import Option, nearest
 
 IGNORED = -100
 END_OF_BITS = 2
@@ -257,11 +257,20 @@ def make_examples(task: str, count: int, *, test: bool = False, seed: int = 0, *
     if task not in TASKS:
         raise UnknownNameError(f"there is no synthetic task {task!r}{nearest(task, TASKS)}")
     _require(task, 0 <= seed < TEST_SEEDS, f"seed={seed}, allowed: 0 to {TEST_SEEDS - 1}")
-    known = set(_defaults(task)) - {"seed", "filler_seed"}
-    for name in options:
+    check_task_options(task, options)
+    return TASKS[task](count, seed=seed + TEST_SEEDS if test else seed, **options)
+
+
+def check_task_options(task: str, options: Mapping[str, Any]) -> None:
+    """Raise UnknownNameError for an option that a task lacks, OptionError for one of another type than its default."""
+    defaults = _defaults(task)
+    known = set(defaults) - {"seed", "filler_seed"}
+    for name, value in options.items():
         if name not in known:
             raise UnknownNameError(f"the synthetic task {task!r} has no option {name!r}{nearest(name, known)}")
-    return TASKS[task](count, seed=seed + TEST_SEEDS if test else seed, **options)
+        kind = type(defaults[name])
+        if kind is not type(None):
+            Option(name, kind.__name__, None, "", accepts=(kind,)).check(task, value)
 
 
 def _defaults(task: str) -> dict[str, Any]:

@@ -61,6 +61,11 @@ class TrainResult:
     parameters: int
     state_bytes: int
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        resumed = None if self.resumed_from is None else str(self.resumed_from)
+        return {**asdict(self), "folder": str(self.folder), "resumed_from": resumed}
+
 
 def recall_accuracy(predictions: Any, labels: Any) -> float:
     """Share of labels that are not -100 and equal the prediction at their place, both [n, L]; nan without labels."""
@@ -105,6 +110,10 @@ def train(config: TrainConfig, on_log: Callable[[dict[str, Any]], None] | None =
     settings = HybridConfig(**{**_tokens(data), **config.model})
     if settings.vocab_size < data.vocab:
         raise OptionError(f"vocab_size={settings.vocab_size}, allowed: >= {data.vocab}, the data's (leave it out)")
+    if settings.spike_k is not None:
+        raise OptionError(
+            f"spike_k={settings.spike_k} in training, allowed: None; train the model, then foveate.lm.spike_coded"
+        )
     checkpoint = checkpoint_to_resume(output, run.resume, settings)
     _make_folder(output)
     transformers.set_seed(run.seed)

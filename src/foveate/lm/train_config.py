@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from foveate.errors import DataError, OptionError, UnknownNameError
-from foveate.lm.synthetic import TASKS
+from foveate.lm.synthetic import TASKS, check_task_options
 from foveate.options import check_fields, check_names, nearest, option, options_of
 
 
@@ -48,10 +48,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_each("text", self.text, str, "files' names")
+        _check_each("slices", self.slices, Mapping, "tables of task options")
         if (self.task is None) == (not self.text):
             raise OptionError(
                 f"DataConfig: task={self.task!r}, text={list(self.text)}, allowed: exactly one of a task and text files"
             )
+        if self.task is not None:
+            for each in ({}, *self.slices):
+                check_task_options(self.task, {**(self.task_options or {}), **each})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,11 @@ class TrainConfig:
             if name not in known:
                 raise UnknownNameError(f"a training config has no table {name!r}{nearest(name, known)}")
         for name in ("data", "run"):
-            if not isinstance(tables.get(name), dict):
+            if name not in tables:
                 raise OptionError(f"a training config without a table [{name}], allowed: [model], [data] and [run]")
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                raise OptionError(f"a training config with {name}={table!r}, allowed: a table [{name}]")
         return cls(
             model=dict(tables.get("model", {})),
             data=_made(DataConfig, tables["data"]),
@@ -115,6 +123,11 @@ class TrainConfig:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise DataError(f"{path}: not a readable TOML file ({error})") from error
         return cls.from_dict(tables)
+
+
+def _check_each(name: str, given: tuple[Any, ...], kind: type, allowed: str) -> None:
+    if not all(isinstance(each, kind) for each in given):
+        raise OptionError(f"DataConfig: {name}={list(given)!r}, allowed: {allowed}")
 
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate import options, registry
 from foveate.attention.plan import Dense, Plan
-from foveate.errors import CompositionError, OptionError
+from foveate.errors import CompositionError, OptionError, UnknownNameError
 from foveate.methods.cache import Change
 from foveate.methods.step import Phase, Step
 
@@ -100,6 +100,26 @@ class Composed(Method):
                         f"{type(other).__name__} and {type(part).__name__} both evict, and one leaves ragged heads; "
                         "use one of them"
                     )
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Refuse members without any effect beside the ones before them."""
+        taken: dict[Phase, str] = {}
+        for index, part in enumerate(self.parts):
+            name = _name(part)
+            if any(type(part) is type(other) for other in self.parts[:index]):
+                raise CompositionError(f"{name} is there twice; name it once, with the options that are meant")
+            if part.acts_in and part.acts_in <= taken.keys() and not part.evicts:
+                before = " and ".join(sorted({taken[phase] for phase in part.acts_in}))
+                phases = " and ".join(sorted(part.acts_in))
+                raise CompositionError(
+                    f"{name} would do nothing: it acts in {phases} only, where {before}, named before it, decides what "
+                    "is read; leave one of them out"
+                )
+            keeps = type(part).keep is not Method.keep or type(part).prompt_ends is not Method.prompt_ends
+            if not (part.acts_in or part.evicts or keeps):
+                raise CompositionError(f"{name} would do nothing in a composition; leave it out")
+            taken = dict.fromkeys(part.acts_in, name) | taken
 
     @property
     def members(self) -> tuple[Method, ...]:
@@ -147,6 +167,11 @@ def create(spec: str | Method, **given: Any) -> Method:
             raise OptionError(f"options {sorted(given)} were given beside a method object; put them on the object")
         return spec
     names = spec.split("+")
+    if not all(options.parse_spec(each)[0] for each in names):
+        raise UnknownNameError(
+            f"{spec!r} lacks the name of a method; write NAME:option=value, or NAME+NAME for several; methods are: "
+            f"{', '.join(method_names())}"
+        )
     if given and len(names) > 1:
         raise OptionError(f"options {sorted(given)} beside the composition {spec!r}; write them in the spec: a:x=1+b")
     made = [_one(each, given) for each in names]
@@ -154,10 +179,13 @@ def create(spec: str | Method, **given: Any) -> Method:
 
 
 def _one(spec: str, given: dict[str, Any]) -> Method:
-    made = registry.create(spec, **given)
-    if not isinstance(made, Method):
-        kind = registry.card(options.parse_spec(spec)[0]).kind
-        raise CompositionError(f"{spec!r} is a {kind}, not a method; methods are: {', '.join(method_names())}")
+    name = options.parse_spec(spec)[0]
+    kind = registry.card(name).kind
+    # Before its options: they are another kind's, and may be required.
+    if kind not in registry.METHOD_KINDS:
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise CompositionError(f"{name!r} is {article} {kind}, not a method; methods are: {', '.join(method_names())}")
+    made: Method = registry.create(spec, **given)
     return made
 
 
@@ -173,4 +201,9 @@ def describe(method: Method) -> str:
 def _describe(part: Method) -> str:
     fields: Sequence[options.Option] = options.options_of(type(part))
     changed = {each.name: getattr(part, each.name) for each in fields if getattr(part, each.name) != each.default}
-    return options.format_spec(getattr(part, "registered_name", type(part).__name__), changed)
+    return options.format_spec(_name(part), changed)
+
+
+def _name(part: Method) -> str:
+    """The name it is registered by, its class's otherwise."""
+    return getattr(part, "registered_name", type(part).__name__)

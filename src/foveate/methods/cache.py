@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.attention.positions import Positions
 from foveate.errors import StateError, UnsupportedCacheError
-from foveate.methods.states import state_batch, state_bytes
+from foveate.methods.states import host_bytes, state_batch, state_bytes
 from foveate.methods.storage import Rows, Segments
 
 
@@ -70,8 +70,6 @@ class LayerCache:
         self._rows: dict[str, Rows] = {}
         self._next: Tensor | None = None
         self.packed: Segments | None = None
-
-    # --- what is stored
 
     @property
     def ragged(self) -> bool:
@@ -142,12 +140,14 @@ class LayerCache:
         return held[held >= 0].long().sort().values
 
     def bytes(self) -> int:
-        """Allocated bytes: keys, values, positions, weights, extras and states."""
+        """Allocated bytes: keys, values, positions, weights, extras and states, the host's part included."""
         total = sum(rows.nbytes() for rows in self._rows.values())
         total += self.packed.nbytes() if self.packed is not None else 0
         return total + sum(state_bytes(state) for state in self.states.values())
 
-    # --- changes
+    def host_bytes(self) -> int:
+        """The part of `bytes` that lies in the host's memory: tiers of keys and values, and their indexes."""
+        return sum(host_bytes(state) for state in self.states.values())
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> None:
         """Add M tokens: keys [B, Hkv, M, D], values [B, Hkv, M, Dv].
@@ -354,8 +354,6 @@ class LayerCache:
         self.holes = bool((positions < 0).any())
         self.ordered = False
         self.version += 1
-
-    # --- life of a batch
 
     def select_batch(self, index: Tensor) -> None:
         """Reorder, repeat or drop sequences: index int64 [new batch]."""

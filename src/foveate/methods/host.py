@@ -145,6 +145,11 @@ class HostTier:
             torch.index_select(buffer, 0, batch, out=new)
         return HostTier(*made, self.length[batch], self.device, self.limit)
 
+    @property
+    def host_bytes(self) -> int:
+        """What a layer's cache counts: the host's buffers and the lengths."""
+        return self.bytes().cold + _nbytes(self.length)
+
     def bytes(self) -> TierBytes:
         return TierBytes(self.gathered, _nbytes(self.keys) + _nbytes(self.values))
 

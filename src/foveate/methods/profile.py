@@ -1,7 +1,8 @@
 """Profiles: what a calibration found out about one model, as safetensors plus JSON, never pickle.
 
 A profile is a folder NAME/ with `profile.json` (schema version, method, model identity, settings) and
-`profile.safetensors` (its tensors). Both are written to a temporary folder that is then renamed into place.
+`profile.safetensors` (its tensors), and nothing else. Both are written to a folder beside it that is then renamed into
+place; an older profile is renamed aside first and deleted last. What is no profile is never replaced.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor
 from foveate.errors import ProfileError
 
 SCHEMA_VERSION = 1
+FILES = frozenset({"profile.json", "profile.safetensors"})
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a profile is bound to. `fingerprint` hashes a sample of the weights."""
+    """What a profile is bound to. `fingerprint` hashes the signs of a sample of the weights, in any precision."""
 
     model_type: str
     layers: int
@@ -47,10 +49,13 @@ class Profile:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write atomically; an older profile in the same place is replaced whole."""
+        """Write atomically; an older profile in the same place is replaced whole.
+
+        After a crash the new or the old one is there, whole, in its place or beside it. ProfileError as `check_target`.
+        """
         from safetensors.torch import save_file
 
-        target = Path(folder)
+        target = check_target(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -65,9 +70,7 @@ class Profile:
                 "tensors": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
             }
             (made / "profile.json").write_text(json.dumps(described, indent=2) + "\n")
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(made, target)
+            _move_in(made, target)
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
@@ -84,6 +87,46 @@ class Profile:
                     f"the {kind!r} profile was made for another model: {name} is {ours!r} there and {theirs!r} here; "
                     f"{remake(kind)}"
                 )
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """Where a profile would be written, links followed; call it before work whose result goes there.
+
+    Raises ProfileError for a place that holds anything but a profile, and for one that cannot be written.
+    """
+    target = Path(os.path.realpath(folder))
+    try:
+        if target.exists() and not target.is_dir():
+            raise ProfileError(f"{target} is a file, and a profile is a folder; name another place")
+        held = {each.name for each in target.iterdir()} if target.exists() else set()
+        if held and not ("profile.json" in held and held <= FILES):
+            other = sorted(held - FILES) or sorted(held)
+            shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
+            raise ProfileError(
+                f"{target} holds what is no profile ({shown}) and is left as it is; name a new or empty folder, or one "
+                "that holds an older profile"
+            )
+        present = next(each for each in target.parents if each.exists())
+        # Permissions alone do not tell: a file system may be full or read-only.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}-", dir=present))
+    except OSError as error:
+        raise ProfileError(f"{target} cannot be written ({error.strerror}); name another place") from error
+    return target
+
+
+def _move_in(made: Path, target: Path) -> None:
+    """Rename a new folder into place; the one that was there goes when it is in."""
+    if not target.exists():
+        os.replace(made, target)
+        return
+    old = made.with_name(f"{made.name}.old")
+    os.replace(target, old)
+    try:
+        os.replace(made, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old)
 
 
 def remake(kind: str) -> str:

@@ -9,14 +9,25 @@ from torch import Tensor
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of every tensor in a state."""
+    """Bytes of every tensor in a state; of a part that lies in the host's memory, what it says as `host_bytes`."""
+    own = getattr(state, "host_bytes", None)
+    if own is not None:
+        return int(own)
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
-    if dataclasses.is_dataclass(state):
-        return sum(state_bytes(getattr(state, each.name)) for each in dataclasses.fields(state))
-    if isinstance(state, list | tuple):
-        return sum(state_bytes(each) for each in state)
-    return 0
+    return sum(state_bytes(each) for each in _parts(state))
+
+
+def host_bytes(state: Any) -> int:
+    """The share of `state_bytes` that lies in the host's memory by design, on whatever device the model runs."""
+    own = getattr(state, "host_bytes", None)
+    return int(own) if own is not None else sum(host_bytes(each) for each in _parts(state))
+
+
+def _parts(state: Any) -> list[Any]:
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        return [getattr(state, each.name) for each in dataclasses.fields(state)]
+    return list(state) if isinstance(state, list | tuple) else []
 
 
 def state_batch(state: Any, index: Tensor, batch: int) -> Any:

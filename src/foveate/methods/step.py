@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -30,12 +31,29 @@ class Reading:
     """What one layer read in one step: pairs of query and key per query head, and what a dense model reads.
 
     A number that is still being computed on a GPU stays there until statistics are asked for.
+    scanned, indexed: where an index chose the keys, pairs whose score it computed, and pairs it could have; else None.
+    recall: the share of the truly best keys that it found, where that was measured in this step; else None.
     """
 
     layer: int
     phase: Phase
     read: float | Tensor
     visible: float
+    scanned: float | None = None
+    indexed: float | None = None
+    recall: float | None = None
+
+
+def scanned_share(readings: Iterable[Reading]) -> float | None:
+    """Pairs whose score an index computed over all pairs it searched, over all steps; None: nothing was searched."""
+    some = [(each.scanned, each.indexed) for each in readings if each.scanned is not None and each.indexed]
+    return sum(scanned for scanned, _ in some) / sum(indexed for _, indexed in some) if some else None
+
+
+def mean_recall(readings: Iterable[Reading]) -> float | None:
+    """The mean recall over the searches in which it was measured; None: in none."""
+    measured = [each.recall for each in readings if each.recall is not None]
+    return sum(measured) / len(measured) if measured else None
 
 
 @dataclass

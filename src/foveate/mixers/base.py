@@ -296,5 +296,5 @@ def resolve_mixer(spec: str, **options: Any) -> tuple[Callable[..., Any], dict[s
     check_names(name, given, card.options)
     for option in card.options:
         if option.name in given:
-            option.check(name, given[option.name])
+            given[option.name] = option.check(name, given[option.name])
     return card.target, given

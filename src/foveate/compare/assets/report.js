@@ -141,6 +141,7 @@ function words() {
   const facts = {
     Device: `${where.device} (${where.device_type}), ${where.threads} thread${where.threads === 1 ? "" : "s"}`, Platform: where.platform,
     Versions: Object.entries(where.versions).map(([name, version]) => `${name} ${version}`).join(", "),
+    ...(where.command ? { Command: where.command } : {}),
     Date: where.date, "Load average": where.loadavg ? where.loadavg.join(", ") : "–", "Peak memory": where.peak_bytes_kind,
     Model: `${model.name} (${model.type}), ${count(model.parameters)} parameters, ${model.dtype}, head width ${model.head_dim}, weights ${model.fingerprint}`,
     Settings: `seeds ${settings.seeds.join(", ")}; ${settings.query_aware ? "query-aware" : "query-agnostic"}; perplexity ${settings.stride} token${settings.stride === 1 ? "" : "s"} per step; ` +

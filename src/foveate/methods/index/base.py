@@ -28,6 +28,17 @@ class Found:
     scanned: Tensor
 
 
+def recall_of(found: Found, best: Found) -> float | None:
+    """The share of the rows in `best` [B, Hq, k] that `found` [B, Hq, K] has too, the mean over heads and sequences.
+
+    Sequences without keys do not count; None where none has any.
+    """
+    held = (best.index[..., None] == found.index[..., None, :]).any(-1) & (best.index >= 0)
+    counts = (best.index >= 0).sum(-1)
+    some = counts > 0
+    return float((held.sum(-1)[some] / counts[some]).double().mean()) if bool(some.any()) else None
+
+
 @dataclass
 class KeyIndex(ABC):
     """Maximum-inner-product search over the keys of B sequences and Hkv heads, by Hq = G Hkv query heads.
@@ -49,6 +60,11 @@ class KeyIndex(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the index holds beside the keys."""
+
+    @property
+    def host_bytes(self) -> int:
+        """All of them lie in the host's memory, and a layer's cache counts them so."""
+        return self.nbytes
 
     def search(self, q: Tensor, keys: Tensor, length: Tensor, *, count: int, beam: int = 0) -> Found:
         """The `count` best rows of keys [B, Hkv, capacity, D] for q [B, Hq, D].

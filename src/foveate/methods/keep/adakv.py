@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention.scoring import top_mask
-from foveate.errors import OptionError
+from foveate.methods.budgets import ByScore, Uniform, falling_budget, prune_lowest
 from foveate.methods.cache import Change, KeepRagged
 from foveate.methods.keep.expected_attention import ExpectedAttention
-from foveate.methods.keep.pyramidkv import PyramidKV, falling_budget
+from foveate.methods.keep.pyramidkv import PyramidKV
 from foveate.methods.keep.snapkv import SnapKV
 from foveate.methods.prompt import PromptKeep, WindowVotes
 from foveate.methods.step import Step
@@ -164,28 +164,5 @@ class AdaKV(WindowVotes):
         if base > free:
             return torch.ones_like(scores, dtype=torch.bool)
         front = scores[:, :free]
-        budgets = head_budgets(front, base, self.floor, self.normalize) if shared else base
+        budgets = ByScore(Uniform(base), self.floor, self.normalize).counts(layer, front) if shared else base
         return F.pad(top_mask(front, budgets), (0, self.tail), value=True)
-
-
-def head_budgets(scores: Tensor, base: int, floor: float, normalize: bool) -> Tensor:
-    """Share base * Hkv keys between heads by their scores [Hkv, n]: int64 [Hkv]."""
-    if normalize:
-        if bool((scores < 0).any()):
-            raise OptionError("AdaKV: normalize=True, allowed: only with a base whose scores are shares, never below 0")
-        top = scores.topk(min(base, scores.shape[-1]), dim=-1).values.sum(-1, keepdim=True)
-        scores = scores * (top / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny))
-    counts = best_of_layer(scores, base).sum(-1)
-    return torch.round(counts.double() * (1 - floor) + int(floor * base)).long()
-
-
-def best_of_layer(scores: Tensor, count: int) -> Tensor:
-    """Bool like scores [Hkv, n]: the layer's best count * Hkv; of equals the earliest keys, then the lowest heads."""
-    by_key = scores.T
-    return top_mask(by_key.flatten(), count * scores.shape[0]).view_as(by_key).T
-
-
-def prune_lowest(scores: Tensor, count: int, floor: float) -> Tensor:
-    """kvpress: bool like scores [Hkv, N] without the layer's lowest Hkv (N - count), each head's best ones safe."""
-    safe = top_mask(scores, max(1, int(count * floor)) if floor > 0 else 0)
-    return best_of_layer(scores.masked_fill(safe, torch.inf), count)

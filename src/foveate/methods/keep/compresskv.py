@@ -21,7 +21,6 @@ error (NaN): it does not share, and is left as it is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from foveate.attention.scoring import slots_of, top_mask
 from foveate.attention.statistics import attention_rows
-from foveate.errors import OptionError
+from foveate.methods.budgets import ByError
 from foveate.methods.cache import Change, Keep
 from foveate.methods.calibrated import Calibrated, check_table, table_profile
 from foveate.methods.profile import ModelIdentity, Profile
@@ -107,10 +106,8 @@ class CompressKV(Calibrated, PromptKeep):
         """B_l: keys that a layer keeps when layers keep `mean` on average."""
         if not self.allocate:
             return mean
-        error = self.table("error").double()
-        sharing = (~error.isnan()).nonzero()[:, 0].tolist()
-        budgets = layer_budgets(error[sharing].tolist(), mean, min(self.least, mean), MOST * mean)
-        return budgets[sharing.index(layer)]
+        error = tuple(self.table("error").double().tolist())
+        return ByError(error, mean, min(self.least, mean), MOST * mean).keys[layer]
 
     def choose(self, step: Step) -> Change | None:
         tokens = step.real_tokens()
@@ -157,31 +154,3 @@ class CompressKV(Calibrated, PromptKeep):
 def _of_heads(held: Tensor | None, heads: Tensor) -> Tensor | None:
     """Positions [B, 1 or Hkv, N] of some KV heads."""
     return held if held is None or held.shape[1] == 1 else held[:, heads]
-
-
-def layer_budgets(error: Sequence[float], mean: int, least: int, most: int) -> list[int]:
-    """Keys per layer, mean * layers in all, each between least and most; layers with more error get more.
-
-    error: one number per layer, summing to 1. Rounds half to even. What rounding and bounds leave over is given out
-    one by one: additions to layers below `most` in descending order of error, removals from layers above `least` in
-    ascending order, as many rounds as it takes.
-    """
-    layers = len(error)
-    if not least <= mean <= most:
-        raise OptionError(f"layer_budgets: mean={mean}, allowed: between least={least} and most={most}")
-    total = mean * layers
-    budgets = [min(max(least + round(each * (total - least * layers)), least), most) for each in error]
-    # Stable, so that equal errors are served in order of the layer.
-    order = sorted(range(layers), key=lambda layer: error[layer], reverse=True)
-    missing = total - sum(budgets)
-    while missing:
-        step = 1 if missing > 0 else -1
-        for layer in order if missing > 0 else _ascending(error):
-            if missing and least <= budgets[layer] + step <= most:
-                budgets[layer] += step
-                missing -= step
-    return budgets
-
-
-def _ascending(error: Sequence[float]) -> list[int]:
-    return sorted(range(len(error)), key=lambda layer: error[layer])

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from foveate.attention.plan import Window
 from foveate.attention.softmax import attend
-from foveate.errors import OptionError, ShapeError
+from foveate.errors import ShapeError
+from foveate.methods.budgets import TwoClass, lowest_stream, sparsify_heads
 from foveate.methods.cache import Change, DropRagged, KeepRagged
 from foveate.methods.calibrated import Calibrated, check_table, table_profile
 from foveate.methods.profile import ModelIdentity, Profile
@@ -44,9 +45,6 @@ from foveate.methods.ring import Ring
 from foveate.methods.step import Step
 from foveate.options import option
 from foveate.registry import register
-
-# Less than any difference of gates that means something; only orders equal gates.
-TIE = 1e-6
 
 
 @register(
@@ -103,9 +101,14 @@ class Duo(Calibrated):
         )
 
     @cached_property
+    def classes(self) -> TwoClass:
+        """What the heads keep: the retrieval heads all, the streaming heads sinks and window."""
+        return TwoClass(self.full_heads, self.sinks + self.window)
+
+    @property
     def streaming_heads(self) -> list[list[int]]:
         """The KV heads of each layer that stream."""
-        return [(~full).nonzero()[:, 0].tolist() for full in self.full_heads]
+        return self.classes.others
 
     def keep(self, step: Step) -> Change | None:
         if not self.streaming_heads[step.layer]:
@@ -165,37 +168,6 @@ class Duo(Calibrated):
         return DropRagged(tuple(gone)) if gone else None
 
 
-def sparsify_heads(alpha: Tensor, sparsity: float) -> Tensor:
-    """The heads that keep everything: bool like alpha [layers, Hkv]; True iff alpha >= quantile(alpha, sparsity).
-
-    The quantile runs over all gates and interpolates linearly; NaN gates do not count and are full. sparsity <= 0: all
-    are full, >= 1: none. Equal gates: the lower layer and head stays full first.
-    """
-    gates = alpha.double()
-    if gates.dim() != 2:
-        raise ShapeError(f"alpha {list(alpha.shape)} does not fit [layers, Hkv]")
-    if sparsity <= 0:
-        return torch.ones_like(gates, dtype=torch.bool)
-    if sparsity >= 1:
-        return gates.isnan()
-    order = torch.arange(gates.numel(), device=gates.device).view_as(gates) / gates.numel()
-    ordered = gates - TIE * order
-    return (ordered >= torch.nanquantile(ordered, sparsity)) | gates.isnan()
-
-
-def lowest_stream(alpha: Tensor, sparsity: float) -> Tensor:
-    """The heads that keep everything when the round(heads x sparsity) lowest gates stream: bool [layers, Hkv]."""
-    gates = alpha.double().flatten()
-    if not 0 <= sparsity <= 1:
-        raise OptionError(f"sparsity={sparsity}, allowed: >= 0 and <= 1")
-    count = round(int((~gates.isnan()).sum()) * sparsity)
-    # Backwards, so that of equal gates the lower layer and head stays full.
-    lowest = gates.nan_to_num(torch.inf).flip(0).argsort(stable=True)[:count]
-    full = torch.ones_like(gates, dtype=torch.bool)
-    full[gates.numel() - 1 - lowest] = False
-    return full.view_as(alpha)
-
-
 def gated_mix(full: Tensor, stream: Tensor, alpha: Tensor) -> Tensor:
     """(1 - a) stream + a full, a = clamp(alpha, 0, 1): the training forward of one layer.
 
@@ -229,8 +201,6 @@ def streaming_attention(
 __all__ = [
     "Duo",
     "gated_mix",
-    "lowest_stream",
-    "sparsify_heads",
     "streaming_attention",
     "streaming_plan",
 ]

@@ -39,6 +39,10 @@ class Evictor(PromptKeep):
         one_of=("always", "prompt"),
     )
 
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        return self.when == "prompt"
+
     def keep(self, step: Step) -> Change | None:
         if self.when == "prompt":
             return super().keep(step)

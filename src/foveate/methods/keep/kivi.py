@@ -19,14 +19,16 @@ less than float16, plus the residual. A step costs O(N D) and decodes everything
 Differs from the authors' code: quotients are float32 (theirs: the model's dtype), so codes are the nearest to the
 stored scales; a group of equal numbers has scale 0 and decodes exactly (theirs: NaN); GQA reads a KV head once; later
 pieces of text attend to what is coded by then, exactly to themselves; int32 words for 4 bits too.
-Alone: what is coded cannot be evicted or selected from. OptionError where residual, group and bits do not fit,
-ShapeError where a head's width is no multiple of group or of 32 / bits.
+Alone: what is coded cannot be evicted or selected from. OptionError where residual, group and bits do not fit each
+other or the model's head width, which must be a multiple of group and of 32 / bits (ShapeError where values are not as
+wide as the model says).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from math import gcd
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from foveate.attention import Positions, apply_sink, attend, merge
 from foveate.attention.scoring import slots_of
-from foveate.errors import ShapeError
+from foveate.errors import OptionError, ShapeError
 from foveate.methods.base import Method
 from foveate.methods.cache import Change, Keep
 from foveate.methods.step import Phase, Reading, Step
@@ -102,6 +104,18 @@ class Kivi(Method):
             raise self.refuse("residual", f"a multiple of group={self.group}")
         if self.residual % (32 // self.bits):
             raise self.refuse("residual", f"a multiple of 32 / bits = {32 // self.bits}, the keys of one word")
+
+    def for_model(self, identity: Any) -> Method:
+        """Itself; OptionError where the model's heads are too narrow for the groups or words of values."""
+        width, per_word = identity.head_dim, 32 // self.own_value_bits
+        if width % self.group:
+            raise self.refuse("group", f"what divides the model's head width, {width}, e.g. {gcd(self.group, width)}")
+        if width % per_word:
+            raise OptionError(
+                f"{type(self).__name__}: {self.own_value_bits} bits per value number put {per_word} of them in a word, "
+                f"which does not divide the model's head width, {width}; allowed: more bits (value_bits)"
+            )
+        return self
 
     @property
     def own_value_bits(self) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention.scoring import top_slots
-from foveate.methods.budgets import pyramid_budget
+from foveate.methods.budgets import Pyramid
 from foveate.methods.cache import Change, Keep
 from foveate.methods.prompt import WindowVotes, hide_padding
 from foveate.methods.step import Step
@@ -65,15 +65,12 @@ class PyramidKV(WindowVotes):
 
     def layer_count(self, layer: int, layers: int, tokens: int) -> int:
         """Keys that a KV head of `layer` keeps of a prompt of `tokens`, the window included."""
-        if self.variant == "kvpress":
-            mean = self.budget if self.ratio is None else tokens * (1.0 - self.ratio)
-            return min(tokens, real_budget(layer, layers, mean, self.window, self.beta, tokens))
-        capacity = self.budget if self.ratio is None else int(self.count(tokens))
-        if tokens < capacity:
-            return tokens
-        if capacity <= self.window:
-            return min(tokens, self.window)
-        return min(tokens, pyramid_budget(layer, layers, capacity, self.window, self.beta, tokens) + self.window)
+        real = self.variant == "kvpress"
+        if self.ratio is None:
+            mean: float = self.budget
+        else:
+            mean = tokens * (1.0 - self.ratio) if real else int(self.count(tokens))
+        return Pyramid(layers, mean, self.window, self.beta, real).of_layer(layer, tokens)
 
     def choose(self, step: Step) -> Change | None:
         tokens = step.real_tokens()
@@ -85,23 +82,3 @@ class PyramidKV(WindowVotes):
         if self._keeps_all(counts, step.cache.stored):
             return None
         return Keep(top_slots(hide_padding(self.score(step), step), counts))
-
-
-def real_budget(layer: int, layers: int, mean: float, window: int, beta: int, prompt: int) -> int:
-    """kvpress: keys a layer keeps, the window included, from a real-valued mean; rounded half to even."""
-    most, least = levels(mean, prompt - window, mean / beta)
-    if not prompt >= most >= least >= window:
-        return max(1, round(mean))
-    return round(most - layer * ((most - least) / max(1, layers - 1)))
-
-
-def falling_budget(layer: int, layers: int, room: int, free: int, beta: int) -> int:
-    """Ada-Pyramid: keys of a layer besides its window, of `free` ones; no prompt is too short for the slope."""
-    most, least = levels(room, free, room // beta)
-    return int(most - layer * ((most - least) // max(1, layers - 1)))
-
-
-def levels(room: float, free: float, least: float) -> tuple[float, float]:
-    """Most and least keys of a layer around a mean of `room`, none above `free`."""
-    most = 2 * room - least
-    return (free, 2 * room - free) if most >= free else (most, least)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from foveate.attention.statistics import by_group
 from foveate.errors import OptionError
+from foveate.methods.budgets import TwoClass, top_share
 from foveate.methods.cache import Change, DropRagged, KeepRagged
 from foveate.methods.calibrated import Calibrated, check_table, table_profile
 from foveate.methods.profile import ModelIdentity, Profile
@@ -112,6 +113,19 @@ class Razor(Calibrated):
             full |= top_share(scores, share) | scores.isnan()
         return full
 
+    @cached_property
+    def classes(self) -> TwoClass:
+        """What the heads keep of a prompt: the retrieval heads all, the others `fixed` rows and the last L tokens."""
+        return TwoClass(self.full_heads, self.compressed)
+
+    def compressed(self, tokens: int) -> int:
+        """Rows that a compressed head keeps of a prompt of more tokens than that."""
+        return self.fixed + int(self.last(torch.tensor(tokens)))
+
+    def last(self, tokens: Tensor) -> Tensor:
+        """L for prompts of these lengths, int64."""
+        return torch.ceil(tokens / self.compression).long().clamp_min(self.least)
+
     @property
     def fixed(self) -> int:
         """Rows before the last tokens: the sinks, and the compensation token at the first dropped position."""
@@ -134,7 +148,7 @@ class Razor(Calibrated):
         if isinstance(step.state, Tensor):
             return step.state
         tokens = torch.as_tensor(step.real_tokens()).cpu().expand(step.cache.shape[0])
-        return torch.ceil(tokens / self.compression).long().clamp_min(self.least)
+        return self.last(tokens)
 
     def _compress(self, step: Step, full: Tensor) -> Change | None:
         """From a uniform cache: means of what goes into the slot of the first dropped token, the rest packed."""
@@ -187,7 +201,7 @@ class Razor(Calibrated):
         assert packed is not None
         assert isinstance(state, RazorState)
         H = step.cache.shape[1]
-        heads = (~full).nonzero()[:, 0].tolist()
+        heads = self.classes.others[step.layer]
         gone: list[tuple[int, int]] = []
         turned: list[int] = []
         for b in range(step.cache.shape[0]):
@@ -214,7 +228,7 @@ class Razor(Calibrated):
         assert isinstance(state, RazorState)
         B, H = step.cache.shape
         latest = step.query_positions().amax(1)
-        heads = (~full).nonzero()[:, 0].tolist()
+        heads = self.classes.others[step.layer]
         mask = torch.ones(B, H, step.cache.stored, dtype=torch.bool, device=step.q.device)
         kept = []
         for b in range(B):
@@ -247,19 +261,6 @@ class Razor(Calibrated):
             field[rows] = mean[b].to(field.dtype)
         state.dropped[b] = max(count, 1) + more
         packed.fields["log_weight"][rows] = math.log(max(count, 1) + more)
-
-
-def top_share(scores: Tensor, share: float) -> Tensor:
-    """Bool like scores [layers, H]: the round(share x heads) highest over all layers, at least one unless share is 0.
-
-    NaN is never taken and does not count. Ties go to the lower layer and head.
-    """
-    flat = scores.nan_to_num(-torch.inf).flatten()
-    measured = int((~scores.isnan()).sum())
-    count = min(measured, max(1, round(share * measured))) if share > 0 else 0
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.argsort(descending=True, stable=True)[:count]] = True
-    return chosen.view_as(scores)
 
 
 def alibi_reach(

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from foveate.attention.scoring import top_mask, top_slots
 from foveate.attention.statistics import by_group
+from foveate.methods.budgets import TwoClass, affordable
 from foveate.methods.cache import Change, KeepRagged
 from foveate.methods.prompt import PromptKeep, pool_votes, window_weights
 from foveate.methods.step import Step
@@ -130,14 +131,21 @@ class TaskKV(PromptKeep):
 
         distance: [Hkv]. Fewer heads are whole than `whole_count` says where the budget is too small for them.
         """
-        H, N = scores.shape
+        N = scores.shape[-1]
         if self.spares(N):
             return torch.ones_like(scores, dtype=torch.bool)
-        heads, middle = self.split(N, H, self.whole_count(layer, layers, H))
-        whole = farthest(distance, heads, self.central)
+        classes, fixed = self.classes(distance, N, layer, layers), self.sinks + self.recent
         between = scores[:, self.sinks : N - self.recent]
-        kept = F.pad(top_mask(between, middle), (self.sinks, self.recent), value=True)
-        return kept | whole[:, None]
+        kept = F.pad(top_mask(between, classes.rest_of(N) - fixed), (self.sinks, self.recent), value=True)
+        return kept | classes.full[0][:, None]
+
+    def classes(self, distance: Tensor, tokens: int, layer: int, layers: int) -> TwoClass:
+        """What the heads keep of a prompt longer than the budget: distance [Hkv]; one row, for this layer."""
+        H = distance.shape[0]
+        least = self.sinks + self.recent
+        whole = self.whole_count(layer, layers, H)
+        count, rest = affordable(H * int(self.count(tokens)), tokens, H, whole, least)
+        return TwoClass(farthest(distance, count, self.central)[None], rest)
 
     def whole_count(self, layer: int, layers: int, heads: int) -> int:
         """f(r): KV heads that layer r keeps whole when the budget allows."""
@@ -145,15 +153,6 @@ class TaskKV(PromptKeep):
         count = first - (first - self.least) * layer / max(1, layers - 1)
         fewest = 0 if self.beta == 0 and self.least == 0 else 1
         return min(heads, max(fewest, math.floor(count + 0.5)))
-
-    def split(self, tokens: int, heads: int, whole: int) -> tuple[int, int]:
-        """How many of `heads` stay whole, at most `whole`, and how many middle keys each other keeps."""
-        total = heads * int(self.count(tokens))
-        for count in range(min(whole, heads - 1), -1, -1):
-            middle = (total - tokens * count) // (heads - count) - self.sinks - self.recent
-            if middle >= 0:
-                return count, middle
-        return 0, 0
 
 
 def semantic_vectors(mass: Tensor, values: Tensor, top: int) -> Tensor:

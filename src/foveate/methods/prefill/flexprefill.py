@@ -35,7 +35,7 @@ from torch import Tensor
 from foveate.attention import attend
 from foveate.attention.plan import Blocks, Dense, Plan
 from foveate.attention.scoring import top_mask
-from foveate.attention.statistics import block_means
+from foveate.attention.summaries import in_chunks, mean
 from foveate.methods.base import Method
 from foveate.methods.step import Phase, Step
 from foveate.options import option
@@ -135,13 +135,13 @@ class FlexPrefill(Method):
             counts = counts.clamp(min=least, max=most)
         if not self.tau:
             return Choice(pooled, counts, most)
-        keys = block_means(k.float(), self.block).repeat_interleave(q.shape[1] // k.shape[1], 1).flatten(0, 1)
+        keys = mean(*in_chunks(k.float(), self.block)).repeat_interleave(q.shape[1] // k.shape[1], 1).flatten(0, 1)
         estimate = last.flatten(0, 1).float().mean(1, keepdim=True) * scale @ keys.transpose(1, 2)
         aware = divergence(torch.softmax(estimate[:, 0], dim=-1), pooled[0]) < self.tau
         if isinstance(counts, Tensor):
             counts = counts.masked_fill(aware, least)
         heads = aware.nonzero()[:, 0].tolist()
-        queries = block_means(q.float(), self.block).flatten(0, 1) if heads else keys
+        queries = mean(*in_chunks(q.float(), self.block)).flatten(0, 1) if heads else keys
         maps = {head: self._pooled_map(queries[head], keys[head], scale) for head in heads}
         return Choice(pooled, counts, most, maps)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.attention.summaries import centroids
+
 PIECE_ENTRIES = 1 << 24
 
 
@@ -21,21 +23,12 @@ def kmeans(x: Tensor, clusters: int, *, iterations: int = 300, seed: int = 0) ->
     labels = _nearest(x, centres)
     for _ in range(iterations):
         sizes = x.new_zeros(H, clusters).scatter_add_(1, labels, x.new_ones(H, n))
-        centres = torch.where(sizes[..., None] > 0, centres_of(x, labels, clusters), centres)
+        centres = torch.where(sizes[..., None] > 0, centroids(x, labels, clusters), centres)
         moved = _nearest(x, centres)
         if torch.equal(moved, labels):
             break
         labels = moved
     return labels
-
-
-def centres_of(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """Means of the points in each cluster: x [H, n, D], labels int64 [H, n] -> [H, clusters, D] in x's dtype; an empty
-    cluster's is 0."""
-    H, n, D = x.shape
-    sums = torch.zeros(H, clusters, D, device=x.device).scatter_add_(1, labels[..., None].expand(-1, -1, D), x.float())
-    sizes = torch.zeros(H, clusters, device=x.device).scatter_add_(1, labels, torch.ones(H, n, device=x.device))
-    return (sums / sizes.clamp_min(1.0)[..., None]).to(x.dtype)
 
 
 def _spread_out(x: Tensor, clusters: int, seed: int) -> Tensor:

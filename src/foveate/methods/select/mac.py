@@ -42,11 +42,10 @@ from foveate.attention.scoring import slots_of
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
 from foveate.methods.cache import Change
+from foveate.methods.select.reuse import NearestQuery
 from foveate.methods.step import Phase, Reading, Step
 from foveate.options import option
 from foveate.registry import register
-
-NEVER = 2**62
 
 
 @dataclass
@@ -175,16 +174,12 @@ class Mac(Method):
 
     def match(self, ring: Summaries, query: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The position to reuse, -1 for none, and its slot: int64 [B, Hq]; query [B, Hq, D] stands at t [B, Hq]."""
-        size, D = ring.at.shape[1], query.shape[-1]
-        at = ring.at[..., None]
-        distance = (query[:, None].float() - ring.query.float()).square().sum(-1)
+        size, at = ring.at.shape[1], ring.at[..., None]
         fits = (at >= 0) & (at < t[:, None]) & (at >= t[:, None] - size) & (t[:, None] >= self.start)
-        distance = torch.where(fits, distance, torch.inf)
-        least = distance.amin(1)
-        best = torch.where(fits & (distance == least[:, None]), at, NEVER).amin(1)
+        best, near = NearestQuery(self.threshold).match(query, ring.query, at, fits)
         slot = best % size
         lse = ring.lse.gather(1, slot[:, None])[:, 0]
-        hit = (least < 2 * D * (1 - self.threshold) ** 2) & torch.isfinite(lse)
+        hit = near & torch.isfinite(lse)
         hit &= (self.end(t) - self.end(best) <= size) & (self.end(best) >= self.sinks)
         return torch.where(hit, best, -1), slot
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.attention.backends.torch_dense import gather_rows
 from foveate.attention.scoring import query_scores, top_slots
+from foveate.attention.summaries import bounds, in_chunks, total
 from foveate.methods.cache import LayerCache
 from foveate.methods.storage import slack
 
@@ -88,18 +89,20 @@ class Pages:
         assert self.summary is not None
         if not n:
             return
-        missing = count * self.size - n
-
-        def folded(empty: float) -> Tensor:
-            x = keys if beyond is None else keys.masked_fill(beyond[..., None], empty)
-            return F.pad(x, (0, 0, 0, missing), value=empty).unflatten(2, (count, self.size))
-
         target = self.summary[:, :, first : first + count]
-        if self.kind == "mean":
-            torch.sum(folded(0.0), 3, dtype=torch.float32, out=target)
-        else:
-            target[..., : keys.shape[-1]] = folded(-torch.inf).amax(3)
-            target[..., keys.shape[-1] :] = folded(torch.inf).amin(3)
+        # Full pages need no mask.
+        full = n // self.size if beyond is None else 0
+        if full:
+            target[:, :, :full] = self._summarise(keys[:, :, : full * self.size].unflatten(2, (full, self.size)))
+        if full < count:
+            chunks, real = in_chunks(keys[:, :, full * self.size :], self.size)
+            if beyond is not None:
+                missing = chunks.shape[2] * self.size - n
+                real = ~F.pad(beyond, (0, missing), value=True).unflatten(-1, chunks.shape[2:4])
+            target[:, :, full:] = self._summarise(chunks, real)
+
+    def _summarise(self, chunks: Tensor, real: Tensor | None = None) -> Tensor:
+        return total(chunks, real, dtype=torch.float32) if self.kind == "mean" else bounds(chunks, real)
 
     def _grow(self, keys: Tensor, pages: int) -> None:
         held = 0 if self.summary is None else self.summary.shape[2] - 1

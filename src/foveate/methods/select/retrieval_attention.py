@@ -15,7 +15,8 @@ pieces. Keys are indexed rotated, at true positions. Prompts of at most sinks + 
 `dense_layers` layers, are dense. Each sequence of a batch has its own tier rows and graphs; padding never leaves.
 A step moves q to the host and `budget` keys and values per query head to the device: O(budget D) and the search. The
 host holds the cold keys and values, and 4 `degree` bytes per key and KV head for the graph; `RetrievalAttention.memory`
-tells the two memories apart. The host's part goes with the request's cache.
+and `LayerCache.host_bytes` tell the two memories apart. The host's part goes with the request's cache. Statistics tell
+which share of the indexed keys was scanned and, every `recall` tokens, which share of the best ones was found.
 
 Differs from the authors' code: the retrieved set is read on the device, in the model's dtype (theirs: on the host);
 one graph per KV head, made by all query heads of its group and searched by each (`per_query_head`: one each); 100 keys
@@ -38,7 +39,7 @@ from foveate.errors import StateError
 from foveate.methods.base import Method
 from foveate.methods.cache import Change, Drop, Keep, LayerCache
 from foveate.methods.host import HostTier, TierBytes
-from foveate.methods.index import AttentionGraph, FlatIndex, GraphOptions, KeyIndex, UsearchIndex
+from foveate.methods.index import AttentionGraph, FlatIndex, Found, GraphOptions, KeyIndex, UsearchIndex, recall_of
 from foveate.methods.index.hnsw import check_installed
 from foveate.methods.index.linking import TREE
 from foveate.methods.step import Phase, Reading, Step
@@ -106,6 +107,12 @@ class RetrievalAttention(Method):
     degree: int = option(32, "links per key", at_least=TREE + 1)
     fresh: int = option(1024, "new cold keys that are scanned one by one until they are linked", at_least=1)
     per_query_head: bool = option(False, "one graph per query head instead of one per KV head")
+    recall: int = option(
+        0,
+        "every so many tokens a decode step also searches exactly, and statistics tell which share of the best keys "
+        "the index found; 0: never",
+        at_least=0,
+    )
     host_limit: int | None = option(
         None, "most bytes of cold keys and values, all layers; none: what the machine has", at_least=0
     )
@@ -113,8 +120,6 @@ class RetrievalAttention(Method):
     def check(self) -> None:
         if self.index == "usearch":
             check_installed()
-
-    # --- reading
 
     def attend(self, step: Step) -> Tensor:
         state = step.state
@@ -157,7 +162,7 @@ class RetrievalAttention(Method):
         found = state.index.search(step.q[:, :, -1].cpu(), tier.keys, tier.length, count=self.budget, beam=self.beam)
         keys, values = tier.gather(found.index)
         held = torch.where(found.index >= 0, found.index + self.sinks, -1).to(at.device)
-        self._record(step, float((found.index >= 0).sum(-1).double().mean()))
+        self._record(step, float((found.index >= 0).sum(-1).double().mean()), self._search(step, state, found))
         return self._read(step, keys, values, Positions(at, held, True))
 
     @staticmethod
@@ -174,16 +179,30 @@ class RetrievalAttention(Method):
         )
         return o, lse
 
+    def _search(self, step: Step, state: Offloaded, found: Found) -> dict[str, float | None]:
+        """What statistics tell about a search."""
+        if not step.run.record:
+            return {}
+        tier = state.tier
+        told: dict[str, float | None] = {
+            "scanned": float(found.scanned.double().mean()),
+            "indexed": float(tier.length.double().mean()),
+        }
+        if self.recall and step.cache.seen % self.recall == 0:
+            best = FlatIndex.build(tier.keys, tier.length).search(
+                step.q[:, :, -1].cpu(), tier.keys, tier.length, count=self.budget
+            )
+            told["recall"] = recall_of(found, best)
+        return told
+
     @staticmethod
-    def _record(step: Step, cold: float) -> None:
+    def _record(step: Step, cold: float, search: dict[str, float | None] | None = None) -> None:
         """Note that each query reads what is hot and `cold` keys more."""
         if step.run.record:
             M, seen = step.m, step.cache.seen
             own = M * (M + 1) / 2
             read = M * (step.cache.stored - M + cold) + own
-            step.run.readings.append(Reading(step.layer, step.phase, read, M * (seen - M) + own))
-
-    # --- moving to the host
+            step.run.readings.append(Reading(step.layer, step.phase, read, M * (seen - M) + own, **(search or {})))
 
     def keep(self, step: Step) -> Change | None:
         if step.layer < self.dense_layers:

@@ -1,7 +1,7 @@
-"""When a selection made for one query may serve the next ones: by counting steps, or by how much queries differ.
+"""When what was found for one query may serve a later one: by counting steps, or by how much the queries differ.
 
-A policy says for every sequence of a batch whether a new selection is due; sequences decide for themselves, so a batch
-behaves as its rows would alone.
+A policy says for every sequence of a batch whether something new is due; sequences decide for themselves, so a batch
+behaves as its rows would alone. `NearestQuery` also chooses, for every head, among several earlier queries.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NEVER = 2**62
 
 
 class Reuse(Protocol):
@@ -47,6 +49,38 @@ class WhenDissimilar:
         if number % self.interval:
             return torch.zeros(query.shape[0], dtype=torch.bool)
         return (similarity(query, reference, flat=self.flat) < self.threshold).cpu()
+
+
+@dataclass(frozen=True)
+class NearestQuery:
+    """Anew where a query lies far from the earlier one: |q - p|^2 >= 2 D (1 - threshold)^2, in float32.
+
+    2 D is what independent queries of unit variance have; a threshold of 1 always starts anew. `match` chooses among
+    several earlier queries; as a policy with one of them, a sequence starts anew when any of its heads would.
+    """
+
+    threshold: float
+
+    def due(self, number: int, query: Tensor, reference: Tensor) -> Tensor:
+        return (~self._near(_squared_distance(query, reference), query.shape[-1])).any(1).cpu()
+
+    def match(self, query: Tensor, held: Tensor, at: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest of n earlier queries of each head: its position, int64 [B, Hq], and bool, whether it is near.
+
+        query: [B, Hq, D]; held: [B, n, Hq, D]; at: int64 [B, n, 1], their positions; fits: bool [B, n, 1 or Hq], those
+        that may serve. Ties go to the lowest position; NEVER where none may.
+        """
+        distance = torch.where(fits, _squared_distance(query[:, None], held), torch.inf)
+        least = distance.amin(1)
+        nearest = torch.where(fits & (distance == least[:, None]), at, NEVER).amin(1)
+        return nearest, self._near(least, query.shape[-1])
+
+    def _near(self, distance: Tensor, width: int) -> Tensor:
+        return distance < 2 * width * (1 - self.threshold) ** 2
+
+
+def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() - b.float()).square().sum(-1)
 
 
 def similarity(query: Tensor, reference: Tensor, *, flat: bool = False) -> Tensor:

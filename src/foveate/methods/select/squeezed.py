@@ -41,10 +41,11 @@ from torch import Tensor
 from foveate.attention.plan import Dense, Plan, Tokens
 from foveate.attention.scoring import slots_of
 from foveate.attention.statistics import by_group
+from foveate.attention.summaries import centroids
 from foveate.methods.base import Method
 from foveate.methods.cache import Change
 from foveate.methods.prompt import Tail
-from foveate.methods.select.clusters import centres_of, kmeans
+from foveate.methods.select.clusters import kmeans
 from foveate.methods.step import Phase, Step
 from foveate.options import option
 from foveate.registry import register
@@ -189,12 +190,12 @@ class Squeezed(Method):
             return [(keys.new_zeros(H, 1, D), slots.new_zeros((H, n), dtype=torch.int32))] * self.levels
         x = keys.gather(1, slots[..., None].expand(-1, -1, D))
         fine = kmeans(F.normalize(x.float(), dim=-1), max(1, int(self.share * tokens)), iterations=self.iterations)
-        centres = centres_of(x, fine, int(fine.max()) + 1)
+        centres = centroids(x, fine, int(fine.max()) + 1)
         found = [(centres, fine)]
         if self.levels == 2:
             most = max(1, min(int(self.coarse_share * tokens), centres.shape[1]))
             parent = kmeans(F.normalize(centres.float(), dim=-1), most, iterations=self.iterations)
-            found.insert(0, (centres_of(centres, parent, most), parent.gather(1, fine)))
+            found.insert(0, (centroids(centres, parent, most), parent.gather(1, fine)))
         return [(each, _spread(labels, slots, n)) for each, labels in found]
 
     def _pool(self, step: Step, index: int, weights: Tensor, sizes: Tensor) -> Pool:

@@ -44,6 +44,11 @@ class SlotState(MixerState):
     year=2022,
     applies_to="from scratch",
     small={"slots": 5},
+    claim=(
+        "Causal text behind a short convolution, four layers, 400 steps, two seeds: perplexity per byte 4.32, softmax "
+        "without positions 4.29; masked text, both sides: 2.681 against 2.661 (benchmarks/results/claims/cab.json). "
+        "Multi-query recall, 64 pairs: 0.252 (benchmarks/results/mqar.json)."
+    ),
 )
 class ABCMixer(ProjectedMixer):
     """Attention with a bounded memory.

@@ -34,6 +34,12 @@ from foveate.registry import register
     year=2023,
     applies_to="from scratch",
     small={"height": 4, "width": 6, "pool": 2},
+    claim=(
+        "A made-up image task (two like glyphs of three): agents of 2 x 2, 4 x 4 and 7 x 7 reach 0.998, 0.997 and "
+        "0.999, softmax 0.996, linear attention 0.997: as good as softmax, at a task too easy to part them; 4096 "
+        "tokens take 2.1 ms against 3.2, 256 tokens 1.2 against 0.7 on an H200 "
+        "(benchmarks/results/claims/agent.json)."
+    ),
 )
 class AgentMixer(GridMixer):
     """Attention through agent tokens on a grid.

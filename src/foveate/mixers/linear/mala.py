@@ -57,6 +57,11 @@ def grid_angles(grid: Grid, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor
     year=2025,
     applies_to="from scratch",
     small={"height": 4, "width": 6},
+    claim=(
+        "A made-up image task (two like glyphs of three): 0.999, softmax in the same block 1.000, linear attention "
+        "0.998; from queries of size 0.5 to 8 the largest weight grows from 0.044 to 0.355, softmax's from 0.045 to "
+        "0.784, and linear attention's stays at 0.023 (benchmarks/results/claims/mala.json)."
+    ),
 )
 class MALAMixer(GridMixer):
     """Magnitude-aware linear attention on a grid of tokens.
@@ -126,8 +131,8 @@ class MALAState(LinearState):
     year=2025,
     applies_to="from scratch",
     claim=(
-        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy "
-        "0.617 with 17 kB of state; softmax 1.000 with 132 kB, linear attention 0.659 with 17 kB "
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy 0.618 "
+        "with 17 kB of state; softmax 1.000 with 132 kB, linear attention 0.658 with 17 kB "
         "(benchmarks/results/mqar.json)."
     ),
 )

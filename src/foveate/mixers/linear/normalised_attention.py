@@ -31,6 +31,12 @@ from foveate.registry import register
     arxiv="2405.15731",
     year=2024,
     applies_to="from scratch",
+    claim=(
+        "Recall of 16 pairs in 128 tokens: 0.451 with one head of 64 channels and 0.054 with four of 16; linear "
+        "attention 0.956 and 0.905, 0.982 without division, softmax 1.000: recall grows with the state, but the "
+        "learned normaliser does not pass linear attention's sum here (benchmarks/results/claims/dsf.json). "
+        "Multi-query recall, 64 pairs: 0.736 against 0.658 (benchmarks/results/mqar.json)."
+    ),
 )
 class NormalisedAttentionMixer(Mixer):
     """Linear attention divided by the exponential of a learned linear function of the token.

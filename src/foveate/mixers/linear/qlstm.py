@@ -34,6 +34,11 @@ from foveate.registry import register
     arxiv="2405.15731",
     year=2024,
     applies_to="from scratch",
+    claim=(
+        "Recall of 16 pairs in 128 tokens: 0.056 with the reversed sigmoid and 0.055 without it; linear attention "
+        "0.956, softmax 1.000: the gate changes nothing where one number per channel is kept "
+        "(benchmarks/results/claims/dsf.json)."
+    ),
 )
 class QLSTMMixer(Mixer):
     """A linear recurrence with the gates of an LSTM.

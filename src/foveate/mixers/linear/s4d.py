@@ -48,6 +48,10 @@ class DiagonalState(MixerState):
     year=2022,
     applies_to="from scratch",
     small={"state_dim": 6, "channels": 2},
+    claim=(
+        "Causal text behind a short convolution, four layers, 400 steps, two seeds: perplexity per byte 4.03, softmax "
+        "without positions 4.29; masked text, both sides: 2.878 against 2.661 (benchmarks/results/claims/cab.json)."
+    ),
 )
 class S4DMixer(Mixer):
     """A diagonal state-space layer.

@@ -89,6 +89,10 @@ def selective_scan(
     arxiv="2312.00752",
     year=2023,
     applies_to="from scratch",
+    claim=(
+        "Recall of 16 pairs in 128 tokens: 0.135 with 16 and 0.075 with 4 numbers of state per channel, linear "
+        "attention 0.956, softmax 1.000: recall grows with the state (benchmarks/results/claims/dsf.json)."
+    ),
 )
 class S6Mixer(Mixer):
     """Selective state space with a step per channel (Mamba's first layer).

@@ -130,6 +130,14 @@ class SpikeLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.k = k
 
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1] * self.weight.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
     @classmethod
     def of(
         cls, linear: nn.Linear, *, k: float | None = 3.0, group: int = 128, scale: Tensor | None = None
@@ -152,8 +160,8 @@ class SpikeLinear(nn.Module):
         return cls(coded, scale.to(weight.dtype), None if linear.bias is None else linear.bias.detach(), k)
 
     def matrix(self) -> Tensor:
-        """The weights that the integers stand for, [E, C] in the scales' dtype."""
-        return (self.weight.to(self.scale.dtype) * self.scale).flatten(1)
+        """The weights that the integers stand for, [E, C] in float32 (float64 for float64 scales)."""
+        return (self.weight.to(exact(self.scale)) * self.scale).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         # Half precision does not hold every count.
@@ -166,6 +174,32 @@ class SpikeLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
+def linears(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> dict[str, nn.Linear]:
+    """A model's linear layers by name, without those whose name, or its last part, is in `skip`."""
+    return {
+        name: layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, nn.Linear) and name and name not in skip and name.rpartition(".")[2] not in skip
+    }
+
+
+def code_linears(
+    model: nn.Module, k: float | None = 3.0, group: int = 128, skip: tuple[str, ...] = ("lm_head",)
+) -> list[str]:
+    """Put coded layers (`SpikeLinear`) in the place of a model's linear layers, for good; returns their names.
+
+    group: inputs that share a scale, at most: each layer takes the largest divisor of its inputs up to it.    k, skip:
+    as in `spiking`. Raises UnsupportedModelError for a model without linear layers.
+    """
+    found = linears(model, skip)
+    if not found:
+        raise UnsupportedModelError(f"code_linears: {type(model).__name__} has no linear layers outside skip={skip}")
+    for name, layer in found.items():
+        fitting = next(each for each in range(min(group, layer.in_features), 0, -1) if layer.in_features % each == 0)
+        model.set_submodule(name, SpikeLinear.of(layer, k=k, group=fitting))
+    return list(found)
+
+
 @contextmanager
 def spiking(
     model: nn.Module, *, k: float | None = 3.0, group: int = 128, skip: tuple[str, ...] = ("lm_head",)
@@ -175,11 +209,7 @@ def spiking(
     skip: names, or last parts of names, of layers to leave. On leaving, also by an exception, the layers are those from
     before. Raises UnsupportedModelError for a model without linear layers, OptionError for a group that does not fit.
     """
-    found = {
-        name: layer
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, nn.Linear) and name and name not in skip and name.rpartition(".")[2] not in skip
-    }
+    found = linears(model, skip)
     if not found:
         raise UnsupportedModelError(f"spiking: {type(model).__name__} has no linear layers outside skip={skip}")
     coded = {name: SpikeLinear.of(layer, k=k, group=group) for name, layer in found.items()}

@@ -50,6 +50,12 @@ DECODER_ONLY = {
     year=2025,
     applies_to="from scratch, or pretrained projections",
     small={"kv_heads": 1},
+    claim=(
+        "The coding: 8-bit weights and spikes with k = 3 change the perplexity of the bundled model by 3.4 %, k = 6 "
+        "by 0.7 %, with 85 % of the steps silent (benchmarks/results/claims/spikingbrain.json). Multi-query recall, "
+        "64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy 0.903 with 17 kB of state; "
+        "softmax 1.000 with 132 kB, linear attention 0.658 with 17 kB (benchmarks/results/mqar.json)."
+    ),
 )
 class SpikingBrainMixer(Mixer):
     """Gated linear attention on non-negative queries and keys, with grouped heads.
@@ -150,6 +156,10 @@ class SpikingBrainMixer(Mixer):
     year=2025,
     applies_to="from scratch, or pretrained projections",
     small={"kv_heads": 1, "window": 5},
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy 1.000 "
+        "with 132 kB of state in a window that holds the whole text (benchmarks/results/mqar.json)."
+    ),
 )
 class SpikingBrainWindowMixer(SoftmaxMixer):
     """Softmax attention over a sliding window, with rotary positions and biased queries, keys and values.
@@ -183,6 +193,5 @@ class SpikingBrainWindowMixer(SoftmaxMixer):
             head_dim=head_dim,
             window=window,
             rope_base=rope_base,
+            bias=bias,
         )
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, nn.Linear(dim, getattr(self, name).out_features, bias=bias))

@@ -88,6 +88,12 @@ class MirroredRotary(Initialised):
     arxiv="2210.10340",
     year=2022,
     applies_to="from scratch",
+    claim=(
+        "Text, four layers, 400 steps: perplexity per byte 6.95 (8.32 without rotations) against 7.42 of linear "
+        "attention and 3.17 of rotary softmax. That it trains at higher rates is not reproduced: at 0.003, 0.01 and "
+        "0.03 linear attention has 7.16, 7.82 and 7.84, the norm 8.14, 7.92 and 8.34, the flattest of the two "
+        "(benchmarks/results/claims/transnormer.json)."
+    ),
 )
 class NormAttentionMixer(Mixer):
     """Linear attention without a denominator, its output normed.
@@ -160,6 +166,11 @@ class BlockState(MixerState):
     year=2022,
     applies_to="from scratch",
     small={"block": 5},
+    claim=(
+        "Text, four layers, 400 steps: two layers of softmax in blocks before two of norm attention have perplexity "
+        "6.19 per byte, after them 7.17, norm attention alone 6.95: blocks first, as the paper says; rotary softmax "
+        "has 3.17 (benchmarks/results/claims/transnormer.json)."
+    ),
 )
 class DiagAttentionMixer(Mixer):
     """Attention within blocks that do not overlap.

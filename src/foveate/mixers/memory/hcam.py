@@ -285,7 +285,9 @@ class HCAMMixer(Mixer):
         """Each step reads the chunks complete before it: `before` of them, and those that end inside x."""
         count = contents.shape[1]
         if count == 0:
-            return torch.zeros_like(x)
+            # Zero, and part of the graph, so that a loss on it has a backward pass.
+            read = self.read.o_proj(x.new_zeros(*x.shape[:2], self.read.o_proj.in_features))
+            return read.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
         complete = before + (waiting + torch.arange(x.shape[1], device=x.device)) // self.chunk
         chunks = torch.arange(count, device=x.device)
         visible = chunks < complete[:, None]

@@ -60,6 +60,11 @@ class TitansMACState(MixerState):
     year=2024,
     applies_to="from scratch",
     small={"chunk": 4, "expansion": 1.5, "persistent": 3, "segment": 6},
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy 1.000 "
+        "with 790 kB of state; softmax 1.000 with 132 kB, linear attention 0.658 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class TitansMACMixer(Mixer):
     """Attention in segments, each after what a neural memory of the earlier segments recalls (memory as a context).

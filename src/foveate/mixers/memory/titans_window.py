@@ -252,6 +252,11 @@ def check_attention(mixer: Mixer, persistent: int, rope_base: float) -> None:
     year=2024,
     applies_to="from scratch",
     small=SMALL,
+    claim=(
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64, 2400 steps at one rate: accuracy 1.000 "
+        "with 527 kB of state; softmax 1.000 with 132 kB, linear attention 0.658 with 17 kB "
+        "(benchmarks/results/mqar.json)."
+    ),
 )
 class TitansMAGMixer(_TitansWindowMixer):
     """Sliding-window attention gated by a neural memory of everything before (memory as a gate).

@@ -6,7 +6,7 @@
 
 Papers: Vaswani et al. 2017 (arXiv 1706.03762); rotary positions 2104.09864; grouped queries 2305.13245; QK norm
 2010.04245; the window of BASED 2402.18668 and Longformer. Bias-free projections and the half-split rotary layout of
-Llama. `window` counts the tokens before the query, as flash-attention's left window does.
+Llama; `bias` adds Qwen2's. `window` counts the tokens before the query, as flash-attention's left window does.
 
 State: rotated keys and values of the tokens that can still be read, [B, Hkv, S, D] each, S = length, or
 min(length, window). Rows of different lengths stand at the right end of the slots. Cost: O(N S D) per head.
@@ -72,8 +72,8 @@ def _to_right(x: Tensor, slots: int) -> Tensor:
     year=2017,
     applies_to="from scratch",
     claim=(
-        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64: accuracy 1.000 with 132 kB of "
-        "state; with windows of 64 and 16 tokens 0.028 and 0.004 (benchmarks/results/mqar.json)."
+        "Multi-query recall, 64 pairs in 256 tokens, two layers of width 64: accuracy 1.000 with 132 kB of state; "
+        "with windows of 64 and 16 tokens 0.028 and 0.004 (benchmarks/results/mqar.json)."
     ),
 )
 class SoftmaxMixer(Mixer):
@@ -81,7 +81,8 @@ class SoftmaxMixer(Mixer):
 
     kv_heads: heads of k and v (default: heads).    head_dim: D (default: dim / heads).
     window: tokens before the query that it reads (default: all).    rotary: rotate q and k (cross attention never
-    does).    rope_base: theta.    qk_norm: RMSNorm of q and k.    causal: a token reads no later one.
+    does).    rope_base: theta.    qk_norm: RMSNorm of q and k.    causal: a token reads no later one.    bias: of q, k
+    and v.
     """
 
     patterns = PATTERNS
@@ -101,6 +102,7 @@ class SoftmaxMixer(Mixer):
         rope_base: float = 10000.0,
         qk_norm: bool = False,
         causal: bool = True,
+        bias: bool = False,
     ) -> None:
         super().__init__(dim=dim, layer=layer, layers=layers, heads=heads)
         self.require(head_dim is not None or dim % heads == 0, f"dim={dim} with heads={heads}, allowed: a multiple")
@@ -116,9 +118,9 @@ class SoftmaxMixer(Mixer):
         self.require(rope_base > 0, f"rope_base={rope_base}, allowed: > 0")
         self.window, self.causal, self.constant_state = window, causal, window is not None
         self.rope = Rope(self.head_dim, rope_base) if rotary else None
-        self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
