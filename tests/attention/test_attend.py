@@ -227,3 +227,26 @@ def test_density_of_vertical_slash_counts_every_pair_once(n: int, block: int) ->
     slash = torch.randint(-2, -(-n // block) + 2, (2, 3, 4))
     plan = VerticalSlash(vertical, slash, block)
     assert plan.density(n, n) == pytest.approx(Plan.density(plan, n, n), rel=1e-9)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("turned", ["q", "k", "v"])
+def test_features_may_lie_apart_and_queries_may_be_more_than_keys(
+    turned: str, causal: bool, softcap: float | None
+) -> None:
+    shapes = {"q": (1, 2, 7, 16), "k": (1, 2, 5, 16), "v": (1, 2, 5, 16)}
+    given = {name: torch.randn(shape) for name, shape in shapes.items()}
+    given[turned] = given[turned].transpose(2, 3).contiguous().transpose(2, 3)
+    options: dict[str, Any] = {"causal": causal, "softcap": softcap, "return_lse": True}
+    o, lse = attend(**given, **options, backend="torch")
+    want, want_lse = attend(**{name: x.double() for name, x in given.items()}, **options, backend="reference")
+    torch.testing.assert_close(o, want.float())
+    torch.testing.assert_close(lse, want_lse.float())
+
+
+def test_without_causality_every_query_sees_every_key() -> None:
+    q, k, v = torch.randn(1, 1, 7, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)
+    want = torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1) @ v
+    for backend in ("reference", "torch"):
+        torch.testing.assert_close(attend(q, k, v, causal=False, softcap=None, backend=backend), want)

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from foveate.attention import Rope
 from foveate.attention.backends import cpp_scoring
-from foveate.attention.scoring import RotaryTable, slots_of, softmax_votes, take_rows, top_mask, top_slots
+from foveate.attention.scoring import (
+    RotaryTable,
+    attend_rows,
+    reads_in_place,
+    slots_of,
+    softmax_votes,
+    take_rows,
+    top_mask,
+    top_slots,
+)
 from foveate.errors import OptionError, ShapeError
 
 GATES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -145,6 +154,63 @@ def test_a_table_knows_its_rotary_embedding() -> None:
     for other in (Rope(16, base=20000.0), Rope(16, style="interleaved"), Rope(14)):
         assert not table.agrees(other.rotate, at)
     torch.testing.assert_close(table.rows(7, 9).turn(torch.ones(2, 16)), table.turn(torch.ones(300, 16))[7:9])
+
+
+@pytest.mark.parametrize("rotate", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("wanted", [0, 3, 700])
+def test_what_was_turned_is_turned_elsewhere(rotate: object, wanted: int) -> None:
+    assert callable(rotate)
+    x, at = torch.randn(2, 3, 1, 16, dtype=torch.float64), torch.tensor([500])
+    here, there = (RotaryTable.of(rotate, each, x) for each in (at, torch.tensor([wanted])))
+    assert here is not None
+    assert there is not None
+    made = there.undoing(here).turn(rotate(x, at[None]))
+    torch.testing.assert_close(made, rotate(x, torch.tensor([[wanted]])), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rotate", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", GATES)
+@pytest.mark.parametrize(("group", "queries"), [(1, 1), (3, 1), (11, 1), (2, 60)])
+def test_attention_over_chosen_rows(
+    dtype: torch.dtype, rotate: object, group: int, queries: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(rotate)
+    q = torch.randn(2, 3 * group, queries, 16).to(dtype)
+    k, v = (torch.randn(2, 160, 3, size).to(dtype).transpose(1, 2)[:, :, 2:] for size in (16, 32))
+    index, at = torch.stack([torch.randperm(158)[:37] for _ in range(2)]), torch.arange(100, 137)
+    table = RotaryTable.of(rotate, at, k)
+    assert table is not None
+    assert reads_in_place(q, k, v) == (backend == "cpp" and queries == 1 and dtype in (torch.float32, torch.bfloat16))
+    rows = [torch.stack([x[b, :, index[b]] for b in range(2)]).double() for x in (k, v)]
+    for turned, softcap in ((True, None), (False, None), (True, 1.5)):
+        keys = rotate(rows[0], at[None]) if turned else rows[0]
+        scores = q.double() @ keys.repeat_interleave(group, 1).transpose(-1, -2) / 4
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        expected = scores.softmax(-1) @ rows[1].repeat_interleave(group, 1)
+        o, lse = attend_rows(q, k, v, index, table if turned else None, scale=0.25, softcap=softcap)
+        assert o.dtype == dtype
+        gate = GATES[dtype] * (1 if dtype != torch.float64 else 1e3)
+        assert (o - expected).norm() <= gate * expected.norm()
+        assert (lse - scores.logsumexp(-1)).norm() <= gate * scores.logsumexp(-1).norm()
+
+
+def test_attention_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(1, 6, 1, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
+    every = torch.arange(50)[None]
+    torch.testing.assert_close(attend_rows(q, k, v, scale=0.25), attend_rows(q, k, v, every, scale=0.25))
+    monkeypatch.setenv("FOVEATE_BACKEND", "torch")
+    assert not reads_in_place(q, k, v)
+
+
+def test_bad_attention_over_rows() -> None:
+    q, k, index = torch.randn(1, 6, 1, 16), torch.randn(1, 2, 9, 16), torch.zeros(1, 4, dtype=torch.int64)
+    table = RotaryTable.of(Rope(16).rotate, torch.arange(5), k)
+    with pytest.raises(ShapeError, match="a table of 5 positions, allowed: 4, one per row"):
+        attend_rows(q, k, k, index, table, scale=1.0)
+    with pytest.raises(ShapeError, match="a table of 5 positions, allowed: one with an index"):
+        attend_rows(q, k, k, None, table, scale=1.0)
+    with pytest.raises(ShapeError):
+        attend_rows(q, k, k, index.expand(2, -1), scale=1.0)
 
 
 def test_other_layouts_have_no_table() -> None:

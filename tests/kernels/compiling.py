@@ -6,6 +6,7 @@ cannot be switched off once it is on. It prints one JSON object per kernel launc
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -14,6 +15,18 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def compiled(case: str, program: str = "compiling") -> list[dict[str, Any]]:
+    """What a case of `tests.kernels.PROGRAM` launches, compiled in a process of its own: one dict per kernel."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    command = [sys.executable, "-m", f"tests.kernels.{program}", case]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def record_launches() -> list[dict[str, Any]]:

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,6 +11,7 @@ from foveate.attention import Rope
 from foveate.attention.backends.triton import kv_compact as module
 from foveate.attention.backends.triton.kv_compact import kv_compact
 from foveate.errors import ShapeError
+from tests.kernels.compiling import compiled
 from tests.kernels.definitions import DEVICE, poison
 
 B, H, N, D = 2, 2, 70, 80
@@ -143,22 +137,10 @@ def test_bad_input_is_named():
 
 # Compiled for Hopper; no GPU is needed.
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def compiled(case: str) -> dict:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    command = [sys.executable, "-m", "tests.kernels.attention_cases", case]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (line,) = done.stdout.splitlines()
-    return json.loads(line)
-
 
 @pytest.mark.parametrize("case", ["compaction, half", "compaction, interleaved", "compaction, partial"])
 def test_turned_rows_fit_in_registers(case):
-    kernel = compiled(case)
+    (kernel,) = compiled(case, "attention_cases")
     # The table by which cosines of angles past 105615 are reduced; a spilled tile would be thousands of bytes.
     assert kernel["stack"] <= 64
     # Four thread blocks share a multiprocessor.
@@ -166,4 +148,5 @@ def test_turned_rows_fit_in_registers(case):
 
 
 def test_plain_rows_spill_nothing():
-    assert compiled("compaction")["stack"] == 0
+    (kernel,) = compiled("compaction", "attention_cases")
+    assert kernel["stack"] == 0

@@ -5,30 +5,12 @@ No GPU is needed. These are facts of the compiler, not times.
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from foveate.attention.backends.triton import configs
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def compiled(case: str) -> list[dict]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    command = [sys.executable, "-m", "tests.kernels.compiling", case]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
+from tests.kernels.compiling import compiled
 
 DECODES = {
     "decode dense 128k": (False, 17),

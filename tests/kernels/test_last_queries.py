@@ -13,8 +13,8 @@ from foveate.attention.sparse_plan import SparsePlan
 from foveate.errors import PlanError, ShapeError
 from foveate.methods.prefill import flexprefill
 from foveate.methods.prefill.flexprefill import FlexPrefill, sums_of_blocks
+from tests.kernels.compiling import compiled
 from tests.kernels.definitions import DEVICE, error
-from tests.kernels.test_compiled import compiled
 
 
 @pytest.fixture(autouse=True)

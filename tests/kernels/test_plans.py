@@ -101,7 +101,7 @@ def test_vertical_slash(heads):
     check(make(plan, 70, n=70))
     ours, theirs = plans.lowered(plan, 70, 70), plan.lower(70, 70)
     assert torch.equal(ours.row_ptr, theirs.row_ptr)
-    assert torch.equal(ours.col, theirs.col)
+    assert torch.equal(ours.col[: ours.nnz], theirs.col)
     assert torch.equal(ours.n_full, theirs.n_full)
 
 

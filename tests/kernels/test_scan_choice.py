@@ -12,9 +12,7 @@ from tests.kernels.scans import inputs, make
 
 
 def why(form: str, T: int, dtype: torch.dtype, *, k: int = 64, learned: bool = False, **options) -> str | None:
-    tensors = {
-        name: x if name in ("g", "beta") else x.to(dtype) for name, x in inputs(form, T, k=k, decay=0.1).items()
-    }
+    tensors = {name: x if name in ("g", "beta") else x.to(dtype) for name, x in inputs(form, T, k=k, decay=0.1).items()}
     if learned:
         tensors["g"].requires_grad_()
     return scan.unchecked(make(tensors, **options))

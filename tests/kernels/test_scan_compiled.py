@@ -5,29 +5,12 @@ No GPU is needed. These are facts of the compiler, not times.
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from foveate.attention.backends.triton.scan_configs import DELTA  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def compiled(case: str) -> list[dict]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    command = [sys.executable, "-m", "tests.kernels.scan_cases", case]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+from foveate.attention.backends.triton.scan_configs import DELTA
+from tests.kernels.compiling import compiled
 
 
 def fits(kernel: dict) -> bool:
@@ -35,7 +18,7 @@ def fits(kernel: dict) -> bool:
 
 
 def test_many_heads_are_one_pass_whose_blocks_share_a_multiprocessor():
-    (scan,) = compiled("none 96x8192")
+    (scan,) = compiled("none 96x8192", "scan_cases")
     assert scan["kernel"] == "scan_kernel"
     assert scan["grid"] == [2, 96, 1]
     assert scan["wgmma"] > 0
@@ -48,7 +31,7 @@ def test_many_heads_are_one_pass_whose_blocks_share_a_multiprocessor():
 
 def test_the_walk_of_the_delta_rule_holds_its_operands_in_registers():
     """Rows of S and M go into products from registers: shared memory is what is read ahead, and nothing is spilled."""
-    *_, walk = compiled("scalar 96x8192 delta")
+    *_, walk = compiled("scalar 96x8192 delta", "scan_cases")
     assert walk["kernel"] == "delta_kernel"
     assert walk["grid"] == [1, 96, 1]
     assert walk["spills"] == 0
@@ -58,7 +41,7 @@ def test_the_walk_of_the_delta_rule_holds_its_operands_in_registers():
 
 
 def test_few_heads_are_split_to_one_wave():
-    states, join, scan = compiled("fixed 8x65536")
+    states, join, scan = compiled("fixed 8x65536", "scan_cases")
     assert [each["kernel"] for each in (states, join, scan)] == ["states_kernel", "join_kernel", "scan_kernel"]
     blocks = scan["grid"][0] * scan["grid"][1] * scan["grid"][2]
     assert 0.9 * 2 * 132 <= blocks <= 2 * 132
@@ -67,7 +50,7 @@ def test_few_heads_are_split_to_one_wave():
 
 
 def test_delta_rule_prepares_walks_and_joins():
-    kernels = compiled("scalar 8x65536 delta")
+    kernels = compiled("scalar 8x65536 delta", "scan_cases")
     names = [each["kernel"] for each in kernels]
     assert names == ["cumulative_kernel", "prepare_kernel", "delta_kernel", "join_kernel", "delta_kernel"]
     prepare, walk = kernels[1], kernels[-1]
@@ -82,13 +65,13 @@ def test_delta_rule_prepares_walks_and_joins():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["scalar 16x8192 train", "scalar 16x8192 delta train"])
 def test_gradients_use_tensor_cores_and_fit(case):
-    kernels = compiled(case)
+    kernels = compiled(case, "scan_cases")
     assert all(fits(each) for each in kernels)
     walks = [each for each in kernels if each["kernel"] in ("scan_kernel", "delta_kernel", "delta_back_kernel")]
     assert all(each["wgmma"] > 0 for each in walks)
 
 
 def test_a_step_reads_the_state_once():
-    (step,) = compiled("scalar 32x1 delta step")
+    (step,) = compiled("scalar 32x1 delta step", "scan_cases")
     assert step["spills"] == 0
     assert step["grid"][0] * step["grid"][1] >= 132

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +22,7 @@ from foveate.attention.backends.triton.block_flash_bwd import block_flash_bwd
 from foveate.attention.backends.triton.configs import BackwardConfig, BlockConfig
 from foveate.attention.call import Call
 from foveate.errors import PlanError, ShapeError
+from tests.kernels.compiling import compiled
 from tests.kernels.definitions import DEVICE, GATES, causal_counts, error, poison
 from tests.kernels.test_block_flash import draw, draw_plan
 from tests.kernels.test_plans import HKV, HQ, lists, make, padded, some_blocks
@@ -298,21 +293,10 @@ def test_why_not(reason):
 
 # Compiled for Hopper; no GPU is needed.
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def compiled(case: str) -> list[dict]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    command = [sys.executable, "-m", "tests.kernels.attention_cases", case]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
 
 @pytest.mark.parametrize("case", ["blocks of 128", "blocks of 32k", "blocks and columns", "blocks D64"])
 def test_forward_kernels_use_wgmma_and_spill_nothing(case):
-    kernel = compiled(case)[-1]
+    kernel = compiled(case, "attention_cases")[-1]
     assert kernel["kernel"] == "block_flash_kernel"
     assert kernel["spills"] == 0
     assert kernel["wgmma"] > 0
@@ -322,7 +306,7 @@ def test_forward_kernels_use_wgmma_and_spill_nothing(case):
 
 @pytest.mark.parametrize("case", ["gradients", "gradients D64"])
 def test_backward_is_two_kernels_that_spill_next_to_nothing(case):
-    kernels = compiled(case)
+    kernels = compiled(case, "attention_cases")
     assert [each["kernel"] for each in kernels] == ["query_gradient_kernel", "key_gradient_kernel"]
     for kernel in kernels:
         assert kernel["wgmma"] + kernel["mma"] > 0

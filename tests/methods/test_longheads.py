@@ -9,6 +9,8 @@ from torch import Tensor
 from foveate.attention import Rope, attend
 from foveate.errors import OptionError, UnsupportedModelError
 from foveate.methods import SingleLayer
+from foveate.methods.base import execute
+from foveate.methods.select import longheads
 from foveate.methods.select.longheads import LongHeads
 
 ROPE = Rope(8)
@@ -27,16 +29,24 @@ def turn(x: Tensor, at: Tensor) -> Tensor:
     return ROPE.rotate(x[None, None], at[None])[0, 0]
 
 
-def run(method: LongHeads, qkv: tuple[Tensor, Tensor, Tensor], *ends: int, positions: Tensor | None = None):  # type: ignore[no-untyped-def]
+def run(  # type: ignore[no-untyped-def]
+    method: LongHeads,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    *ends: int,
+    positions: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+):
     q, k, v = qkv
     at = torch.arange(q.shape[2])[None] if positions is None else positions.clamp_min(0)
     rotated = ROPE.rotate(q, at), ROPE.rotate(k, at), v
     layer = SingleLayer(method, rope=ROPE)
-    starts = (0, *ends[:-1])
-    out = [
-        layer(*(x[:, :, a:b] for x in rotated), positions=None if positions is None else positions[:, a:b])
-        for a, b in zip(starts, ends)
-    ]
+    out = []
+    for a, b in zip((0, *ends[:-1]), ends):
+        own = (x[:, :, a:b] for x in rotated)
+        step = layer.step(*own, positions=None if positions is None else positions[:, a:b])
+        step.softcap, step.sink = softcap, sink
+        out.append(execute(method, step))
     return torch.cat(out, 2), layer
 
 
@@ -48,8 +58,15 @@ def chunk_key(heads: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (own @ u / 8**0.5).softmax(0) @ own
 
 
-def brute(qkv: tuple[Tensor, Tensor, Tensor], t: int, heads: list[int], method: LongHeads) -> Tensor:
-    """o [len(heads), D] at position t of the query heads that choose together (default rule)."""
+def brute(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    t: int,
+    heads: list[int],
+    method: LongHeads,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """o [len(heads), D] at position t of the query heads of the first sequence that choose together (default rule)."""
     q, k, v = (x[0] for x in qkv)
     w, A, n, g = method.chunk, method.length // method.chunk, t + 1, heads[0] // 2
     if n < method.start:
@@ -63,8 +80,14 @@ def brute(qkv: tuple[Tensor, Tensor, Tensor], t: int, heads: list[int], method: 
         chosen = [j for c in chunks for j in range(c * w, c * w + w)] + list(range(G * w, n))
     places = torch.arange(len(chosen))
     own = turn(k[g, chosen], places)
-    rows = [turn(q[h, t][None], places[-1:]) @ own.T / 8**0.5 for h in heads]
-    return torch.cat([row.softmax(-1) @ v[g, chosen] for row in rows])
+    outputs = []
+    for h in heads:
+        row = turn(q[h, t][None], places[-1:]) @ own.T / 8**0.5
+        row = row if softcap is None else softcap * torch.tanh(row / softcap)
+        # A sink is one more key, of value 0.
+        row = row if sink is None else torch.cat((row, sink[h].view(1, 1)), 1)
+        outputs.append(row.softmax(-1)[:, : len(chosen)] @ v[g, chosen])
+    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("per_query_head", [False, True])
@@ -77,6 +100,60 @@ def test_prompt_and_steps_equal_the_loops(per_query_head: bool) -> None:
         for t in range(45):
             torch.testing.assert_close(out[0, heads, t], brute(qkv, t, heads, method), rtol=1e-6, atol=1e-6)
     assert layer.cache.states[0].keys.shape == (1, 4 if per_query_head else 2, 11, 8)
+
+
+@pytest.mark.parametrize("together", [7, 26])
+def test_a_prompt_read_in_pieces_equals_the_loops(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longheads, "TOGETHER", together)
+    monkeypatch.setattr(longheads, "FEW", 3)
+    first, second = draw(60), draw(60)
+    qkv = tuple(torch.cat(pair) for pair in zip(first, second))
+    method = LongHeads(**SMALL)
+    out, _ = run(method, qkv, 60)
+    for row, own in enumerate((first, second)):
+        for t in range(60):
+            for heads in ([0, 1], [2, 3]):
+                torch.testing.assert_close(out[row, heads, t], brute(own, t, heads, method), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_query_head", [False, True])
+def test_softcap_and_sink_in_prompts_and_steps(per_query_head: bool) -> None:
+    qkv, sink = draw(45), torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    method = LongHeads(**SMALL, per_query_head=per_query_head)
+    groups = [[0], [1], [2], [3]] if per_query_head else [[0, 1], [2, 3]]
+    for softcap in (1.5, None):
+        out, _ = run(method, qkv, 39, 41, *range(42, 46), softcap=softcap, sink=sink)
+        for heads in groups:
+            for t in range(45):
+                expected = brute(qkv, t, heads, method, softcap, sink)
+                torch.testing.assert_close(out[0, heads, t], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_steps_over_keys_with_gaps_between_them() -> None:
+    """Keys and values that cannot be seen as rows of one array give what those without gaps give."""
+    qkv = draw(50)
+    method = LongHeads(**SMALL)
+    expected, layer = run(method, qkv, 49, 50)
+    at = torch.arange(50)[None]
+    keys, values = ROPE.rotate(qkv[1], at), qkv[2]
+    step = layer.step(*(x[:, :, :1] for x in qkv))
+    apart = (torch.nn.functional.pad(x, (0, 3))[..., :8] for x in (keys, values))
+    part = longheads.Part(slice(None), ROPE.rotate(qkv[0], at)[:, :, 49:], *apart)
+    made, _ = method._attend_chosen(step, ROPE, part, 49, 50, False)
+    torch.testing.assert_close(made, expected[:, :, 49:], rtol=1e-6, atol=1e-7)
+
+
+def test_a_prompt_reads_a_chunk_once_per_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(q: Tensor, *given: Tensor, **options: object) -> Tensor:
+        calls.append(q.shape[2])
+        return attend(q, *given, **options)  # type: ignore[no-any-return, arg-type]
+
+    monkeypatch.setattr(longheads, "attend", counted)
+    run(LongHeads(**SMALL), draw(200), 200)
+    # Two calls make chunk keys, one reads what is dense, each own chunk takes one, each earlier chunk one per KV head.
+    assert len(calls) <= 2 + 1 + 46 + 2 * 49
 
 
 def test_a_prompt_equals_its_tokens_one_by_one() -> None:

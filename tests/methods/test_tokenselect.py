@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Rope, attend
+from foveate.attention.backends.cpp import build
 from foveate.errors import OptionError, UnsupportedModelError
 from foveate.methods import SingleLayer
+from foveate.methods.base import execute
+from foveate.methods.select import rotations, tokenselect
 from foveate.methods.select.reuse import similarity
 from foveate.methods.select.tokenselect import TokenSelect
 from foveate.methods.step import RopeLike
@@ -35,15 +38,32 @@ class Shuffled:
         return self.rope.unrotate(x[..., self.order], positions)[..., self.order.argsort()]
 
 
+class Scaled:
+    """A rotary embedding of YaRN's kind."""
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return 1.3 * ROPE.rotate(x, positions)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return ROPE.unrotate(x, positions) / 1.3
+
+
 def run(
-    method: TokenSelect, qkv: tuple[Tensor, ...], spans: list[int], rope: RopeLike = ROPE
+    method: TokenSelect,
+    qkv: tuple[Tensor, ...],
+    spans: list[int],
+    rope: RopeLike = ROPE,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, SingleLayer]:
     layer = SingleLayer(method, rope=rope)
     outputs, start = [], 0
     for count in spans:
         q, k, v = (each[:, :, start : start + count] for each in qkv)
         at = torch.arange(start, start + count)[None]
-        outputs.append(layer(rope.rotate(q, at), rope.rotate(k, at), v))
+        step = layer.step(rope.rotate(q, at), rope.rotate(k, at), v)
+        step.softcap, step.sink = softcap, sink
+        outputs.append(execute(method, step))
         start += count
     return torch.cat(outputs, 2), layer
 
@@ -60,7 +80,14 @@ def vote(qbar: Tensor, middle: Tensor, method: TokenSelect) -> list[int]:
     return pooled.argsort(descending=True, stable=True)[: method.budget].sort().values.tolist()
 
 
-def brute(qkv: tuple[Tensor, ...], spans: list[int], method: TokenSelect, rope: RopeLike = ROPE) -> Tensor:
+def brute(
+    qkv: tuple[Tensor, ...],
+    spans: list[int],
+    method: TokenSelect,
+    rope: RopeLike = ROPE,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
     """One sequence, chunk by chunk."""
     q, k, v = (each[0] for each in qkv)
     outputs, start, last, kept = [], 0, None, None
@@ -80,8 +107,12 @@ def brute(qkv: tuple[Tensor, ...], spans: list[int], method: TokenSelect, rope: 
         keys = rope.rotate(k[None, :, read], ranks)[0].repeat_interleave(2, 0)
         queries = rope.rotate(q[None, :, start:N], ranks[:, -count:])[0]
         scores = queries @ keys.transpose(-1, -2) / 4
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         seen = torch.arange(len(read)) <= torch.arange(len(read))[-count:, None]
-        outputs.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, read].repeat_interleave(2, 0))
+        scores = scores.masked_fill(~seen, -torch.inf)
+        # A sink is one more key, of value 0.
+        scores = scores if sink is None else torch.cat((scores, sink.view(4, 1, 1).expand(-1, count, -1)), -1)
+        outputs.append(scores.softmax(-1)[..., : len(read)] @ v[:, read].repeat_interleave(2, 0))
         start = N
     return torch.cat(outputs, 1)[None]
 
@@ -108,8 +139,31 @@ def test_equals_the_definition(options: dict[str, object], spans: list[int]) -> 
     torch.testing.assert_close(run(method, qkv, spans)[0], brute(qkv, spans, method), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reuse", [None, 0.3, -1.0])
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+def test_softcap_and_sink(spans: list[int], reuse: float | None) -> None:
+    method, qkv, sink = TokenSelect(**SMALL, reuse=reuse), draw(sum(spans)), torch.tensor([0.5, -1.0, 2.0, 0.0])
+    for given in ((1.5, None), (None, sink), (1.5, sink)):
+        expected = brute(qkv, spans, method, ROPE, *given)
+        torch.testing.assert_close(run(method, qkv, spans, ROPE, *given)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reuse", [None, 0.3, -1.0])
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+def test_without_the_kernel(spans: list[int], reuse: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEATE_CPP", "0")
+    method, qkv = TokenSelect(**SMALL, reuse=reuse), draw(sum(spans))
+    torch.testing.assert_close(run(method, qkv, spans)[0], brute(qkv, spans, method), rtol=1e-4, atol=1e-5)
+
+
+def test_more_steps_than_rotations_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotations, "POSITIONS", 7)
+    method, qkv, spans = TokenSelect(**SMALL, reuse=0.3), draw(80), [30] + [1] * 50
+    torch.testing.assert_close(run(method, qkv, spans)[0], brute(qkv, spans, method), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "rope", [Rope(8), Rope(16, style="interleaved"), Shuffled(ROPE)], ids=lambda rope: str(rope)[:9]
+    "rope", [Rope(8), Rope(16, style="interleaved"), Shuffled(ROPE), Scaled()], ids=lambda rope: str(rope)[:9]
 )
 @pytest.mark.parametrize("reuse", [None, 0.3])
 def test_any_rotary_embedding(rope: RopeLike, reuse: float | None) -> None:
@@ -180,13 +234,23 @@ def test_a_kept_choice_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(calls) == expected
 
 
-def test_a_kept_choice_is_read_where_it_lies() -> None:
-    _, layer = run(TokenSelect(**SMALL, reuse=-1.0), draw(50), [40] + [1] * 10)
-    state = layer.cache.states[0]
-    before, address = state.keys.clone(), state.keys.data_ptr()
-    layer(*(torch.randn(1, heads, 1, 16) for heads in (4, 2, 2)))
-    assert layer.cache.states[0].keys.data_ptr() == address
-    assert torch.equal(state.keys, before)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_choice_that_serves_long_is_copied_once(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEATE_CPP", "1" if kernel else "0")
+    if kernel and build.why_unavailable() is not None:
+        pytest.skip(f"the C++ kernel is not available: {build.why_unavailable()}")
+    copied = []
+    original = tokenselect.take_rows
+    monkeypatch.setattr(
+        tokenselect, "take_rows", lambda *given, **more: (copied.append(1), original(*given, **more))[1]
+    )
+    layer = run(TokenSelect(**SMALL, reuse=-1.0, prompt=False), draw(40), [40])[1]
+    # Keys and values, in the first step that does not read them where they lie.
+    lent = tokenselect.LEND if kernel else 0
+    for steps in range(1, 9):
+        layer(*(torch.randn(1, heads, 1, 16) for heads in (4, 2, 2)))
+        assert len(copied) == (2 if steps > lent else 0)
+        assert (layer.cache.states[0].keys is None) == (steps <= lent)
 
 
 def test_positions_stay_compact() -> None:

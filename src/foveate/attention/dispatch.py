@@ -7,7 +7,6 @@ own record, so it cannot disagree with what runs.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.attention.backends.triton import availability
 from foveate.attention.call import Call
 from foveate.attention.plan import Blocks, Dense, VerticalSlash
 from foveate.errors import BackendError, PlanError
@@ -44,11 +44,7 @@ class Backend:
 
 
 def _triton_needs(call: Call) -> str | None:
-    if call.q.device.type != "cuda":
-        return f"q is on {call.q.device.type}; Triton kernels need CUDA"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
+    return availability.why_not_device(call.q)
 
 
 def _cpp_needs(call: Call) -> str | None:

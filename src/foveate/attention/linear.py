@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention.backends import linear_reference, linear_torch
+from foveate.attention.backends.triton import availability
 from foveate.attention.dispatch import Choice
 from foveate.attention.linear_call import LinearCall, make_call
 from foveate.attention.shapes import match
@@ -39,7 +39,6 @@ from foveate.errors import BackendError, OptionError, ShapeError
 NAMES = ("auto", "reference", "torch", "triton")
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
 # Asked once: torch.compile cannot trace the question.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 Result = tuple[Tensor, Tensor | None]
 
 
@@ -61,11 +60,7 @@ def _triton() -> ModuleType:
 
 
 def _why_not_triton(call: LinearCall) -> str | None:
-    if call.q.device.type != "cuda":
-        return f"q is on {call.q.device.type}; the Triton kernels need CUDA"
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    return _triton().why_not(call)
+    return availability.why_not_device(call.q) or _triton().why_not(call)
 
 
 BACKENDS = {

@@ -17,7 +17,8 @@ from torch import Tensor
 class Positions:
     """Where M queries and N stored keys stand in the text.
 
-    q: [B, M] int64, -1 for a padding query. None: the queries are the last M of the N keys.
+    q: [B, M] int64, -1 for a padding query. None: the queries are the last M of the N keys; of more queries than keys
+        the first see nothing where attention is causal.
     k: [B, 1 or Hkv, N] int64, -1 for an empty slot. None: key j stands at position j.
     holes: some slot may be empty; False promises that none is (known on the host, so no sync).
     ordered: keys stand in ascending order of position, apart from holes.
@@ -62,7 +63,9 @@ class Positions:
         """Bool [B or 1, Hkv or 1, rows, N]: the definition of what may be read."""
         q = self.queries(m, n, device)[:, None, rows, None]
         k = self.keys(n, device)[:, :, None, :]
-        seen = (k >= 0) & (q >= 0)
+        seen = k >= 0
+        if self.q is not None:
+            seen = seen & (q >= 0)
         if causal:
             seen = seen & (k <= q)
         if window is not None:

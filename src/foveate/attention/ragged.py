@@ -5,7 +5,6 @@ Keys and values lie in one flat array of rows; segment s = b * Hkv + h holds row
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from foveate.attention.backends import cpp_plans
 from foveate.attention.backends.torch_dense import fused
+from foveate.attention.backends.triton import availability
 from foveate.attention.merge import apply_sink
 from foveate.attention.shapes import match
 from foveate.errors import ShapeError
@@ -50,7 +50,7 @@ def attend_ragged(
     heads = len(start) // B
     G = Hq // heads
     scale = D**-0.5 if scale is None else scale
-    if not needs_positions and _gathers(q):
+    if not needs_positions and availability.serves(q, k, v):
         return _gather(q, k, v, start, length, scale, log_weight, sink, return_lse)
     if isinstance(start, Tensor) or isinstance(length, Tensor):
         start, length = (x.tolist() if isinstance(x, Tensor) else x for x in (start, length))
@@ -98,13 +98,6 @@ def attend_ragged(
         if own_lse is not None:
             lse[b, h] = own_lse[0, 0]
     return _finish(o.view(B, Hq, M, -1), lse.view(B, Hq, M), sink, return_lse)
-
-
-def _gathers(q: Tensor) -> bool:
-    """Whether the Triton decode kernel serves these segments."""
-    if not q.is_cuda or importlib.util.find_spec("triton") is None or q.dtype == torch.float64:
-        return False
-    return not (torch.is_grad_enabled() and q.requires_grad)
 
 
 def _gather(
@@ -171,13 +164,13 @@ def _attend_runs(
 
 
 def runs(start: Sequence[int], length: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring segments [first, last) of one length, equally far apart: one strided view each."""
+    """Neighbouring segments [first, last) of one length, equally far apart and in order: one strided view each."""
     found: list[tuple[int, int]] = []
     for s, n in enumerate(length):
         if found:
             first, last = found[-1]
             evenly = last - first == 1 or start[s] - start[s - 1] == start[first + 1] - start[first]
-            if n == length[first] and evenly:
+            if n == length[first] and evenly and start[s] >= start[s - 1]:
                 found[-1] = (first, s + 1)
                 continue
         found.append((s, s + 1))

@@ -4,7 +4,7 @@ selection starts from."""
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from foveate.attention.backends import cpp_scoring
 from foveate.attention.backends.torch_dense import gather_rows
+from foveate.attention.backends.triton import availability
+from foveate.attention.positions import Positions
 from foveate.attention.shapes import match
+from foveate.attention.softmax import attend
 from foveate.errors import OptionError, ShapeError
 
 
@@ -106,9 +109,9 @@ def slots_of(mask: Tensor) -> Tensor:
 
 
 def _has_topk_kernel(scores: Tensor) -> bool:
-    served = scores.device.type == "cuda" and scores.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    served = served and scores.numel() > 0 and importlib.util.find_spec("triton") is not None
-    return served and torch.cuda.get_device_capability(scores.device)[0] >= 8
+    if availability.why_not_device(scores) is not None or availability.why_not_dtypes(scores) is not None:
+        return False
+    return scores.numel() > 0
 
 
 def _top_by_kernel(scores: Tensor, count: int) -> Tensor:
@@ -180,6 +183,17 @@ class RotaryTable:
         trial = trial.expand(1, 1, table.cos.shape[0], -1)
         return torch.allclose(table.turn(trial), rotate(trial, positions[None, some]), rtol=1e-5, atol=1e-5)
 
+    def undoing(self, other: RotaryTable) -> RotaryTable:
+        """What turns by this table what `other`, of as many positions or of one, has turned already."""
+        scale = other.cos * other.cos + other.sin * other.sin
+        cos, sin = other.cos / scale, other.sin / scale
+        return RotaryTable(
+            torch.addcmul(self.cos * cos, self.sin, sin),
+            torch.addcmul(self.sin * cos, self.cos, sin, value=-1),
+            self.size,
+            self.span,
+        )
+
     def rows(self, start: int, stop: int) -> RotaryTable:
         """The positions start..stop - 1 of the table."""
         return RotaryTable(self.cos[start:stop], self.sin[start:stop], self.size, self.span)
@@ -213,3 +227,42 @@ def take_rows(x: Tensor, index: Tensor, table: RotaryTable | None = None, out: T
         return out
     rows = gather_rows(x, index[:, None].expand(-1, sizes["H"], -1))
     return out.copy_(rows if table is None else table.turn(rows))
+
+
+def reads_in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_rows` reads the rows where they lie, and copies none."""
+    wanted = os.environ.get("FOVEATE_BACKEND", "auto") in ("auto", "cpp")
+    return wanted and cpp_scoring.why_not_rows(q, k, v) is None
+
+
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None = None,
+    table: RotaryTable | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q over rows of k and v, the same for all heads, key j of them turned as table says; no causal mask.
+
+    q: [B, Hq, M, D]; every query reads every row. k: [B, Hkv, N, D], v: [B, Hkv, N, Dv]. index: int64 [B, K], all
+    present; None: all rows, without a table. table: K positions; None: keys as they are. Returns o [B, Hq, M, Dv] in
+    q's dtype, lse [B, Hq, M] float32 (float64 for float64). Raises ShapeError. O(K Hq M D).
+    """
+    sizes = match(q=(q, "B Hq M D"), k=(k, "B Hkv N D"), v=(v, "B Hkv N Dv"))
+    if index is not None:
+        sizes = match(k=(k, "B Hkv N D"), index=(index, "B K"))
+    if table is not None and (index is None or table.cos.shape[0] != sizes["K"]):
+        allowed = "one with an index" if index is None else f"{sizes['K']}, one per row"
+        raise ShapeError(f"attend_rows: a table of {table.cos.shape[0]} positions, allowed: {allowed}")
+    if softcap is None and reads_in_place(q, k, v):
+        turns = None if table is None else (table.cos.contiguous(), table.sin.contiguous(), table.span)
+        return cpp_scoring.attend_rows(q, k, v, index, turns, scale)
+    if index is not None:
+        k, v = take_rows(k, index, table), take_rows(v, index)
+    # By default more queries than keys would stand nowhere.
+    positions = Positions(torch.zeros(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device))
+    o, lse = attend(q, k, v, scale=scale, positions=positions, causal=False, softcap=softcap, return_lse=True)
+    return o, lse

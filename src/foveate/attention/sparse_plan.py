@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+# Lists that may be longer than this are counted before memory is asked for: one wait costs less than the memory.
+SPARE_ENTRIES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ class SparsePlan:
         return cls(row_ptr, col, n_full, order, batch, heads, m, n, block_m, block_n)
 
     @classmethod
-    def from_diagonals(cls, slash: Tensor, *, n: int, block: int) -> SparsePlan:
+    def from_diagonals(cls, slash: Tensor, *, n: int, block: int, spare: bool = False) -> SparsePlan:
         """Row r reads block r - offset for each offset in slash [B, H, S] (< 0: absent; repeats count once), M = N.
 
-        O(listed blocks) time and memory.
+        Without `spare` waits for the device once, for how many blocks are listed. With it `col` has room for as many as
+        S offsets can list, and nothing is waited for unless that is more than SPARE_ENTRIES.
+        O(listed blocks) time and memory, with `spare` O(room).
         """
         rows = -(-n // block)
         lists = slash.flatten(0, 1).long()
@@ -81,14 +85,18 @@ class SparsePlan:
         counts = torch.searchsorted(offsets, row, right=True).flatten()
         row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=slash.device)
         row_ptr[1:] = counts.cumsum(0)
-        nnz = int(row_ptr[-1])
-        of = torch.repeat_interleave(torch.arange(counts.numel(), device=slash.device), counts, output_size=nnz)
+        room = offsets.shape[0] * room_of_rows(rows, offsets.shape[1])
+        spare = spare and room <= SPARE_ENTRIES
+        of = _lists_of_places(row_ptr, room if spare else int(row_ptr[-1]))
+        inside = of.clamp(max=counts.numel() - 1)
         # Ascending blocks are descending offsets: the last entry of a row is its smallest offset.
-        back = row_ptr[of + 1] - 1 - torch.arange(nnz, device=slash.device)
-        col = (of % rows - offsets[of // rows, back]).to(torch.int32)
-        return cls.from_csr(
-            row_ptr, col, batch=slash.shape[0], heads=slash.shape[1], m=n, n=n, block_m=block, block_n=block
-        )
+        back = (row_ptr[inside + 1] - 1 - torch.arange(of.numel(), device=slash.device)).clamp(min=0)
+        col = (inside % rows - offsets[inside // rows, back]).to(torch.int32)
+        # Only the block on the diagonal needs a mask, if it has more than one token.
+        own = (offsets == 0).any(-1, keepdim=True) & (block > 1)
+        n_full = (counts.view(-1, rows) - own.long()).flatten().to(torch.int32)
+        order = _longest_first(counts, lists.shape[0])
+        return cls(row_ptr, col, n_full, order, slash.shape[0], slash.shape[1], n, n, block, block, spare=spare)
 
     def with_columns(self, columns: Tensor) -> SparsePlan:
         return replace(self, columns=columns.to(torch.int32))
@@ -140,7 +148,8 @@ class SparsePlan:
 
 
 def csr_from_mask(mask: Tensor, *, m: int, n: int, block_m: int, block_n: int) -> SparsePlan:
-    """From bool [B, H, R, C]."""
+    """From bool [B, H, R, C]. Waits for the device once: without the number of blocks, room for all of the mask's would
+    be needed, four bytes for each of its one."""
     counts = mask.flatten(0, 2).sum(-1)
     row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=mask.device)
     row_ptr[1:] = counts.cumsum(0)
@@ -159,8 +168,10 @@ def csr_from_mask(mask: Tensor, *, m: int, n: int, block_m: int, block_n: int) -
 def made_once(owner: object, what: object, make: Callable[[], T], *sources: Tensor) -> T:
     """make(), kept with its owner under the name `what`, and made anew once a source tensor was written to.
 
-    A frozen dataclass made by `replace` starts with nothing kept.
+    A frozen dataclass made by `replace` starts with nothing kept. Traced by torch.compile, nothing is kept.
     """
+    if torch.compiler.is_compiling():
+        return make()
     kept = vars(owner).setdefault("_made", {})
     versions = tuple(0 if each.is_inference() else each._version for each in sources)
     if what not in kept or kept[what][0] != versions:
@@ -173,6 +184,24 @@ def _lists_of_entries(counts: Tensor, entries: Tensor) -> Tensor:
     """Which list each entry belongs to, int64 [nnz]; no host sync."""
     lists = torch.arange(counts.numel(), device=entries.device)
     return torch.repeat_interleave(lists, counts, output_size=entries.numel())
+
+
+def _lists_of_places(row_ptr: Tensor, places: int) -> Tensor:
+    """Which list each place of `col` belongs to, int64; the number of lists for places past the last one."""
+    return torch.searchsorted(row_ptr, torch.arange(places, device=row_ptr.device), right=True) - 1
+
+
+def lists_of_room(row_ptr: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Which list each entry of a col with room to spare belongs to, and col; past the last list, the number of lists
+    and 0. No host sync."""
+    row = _lists_of_places(row_ptr, col.numel())
+    return row, torch.where(row < row_ptr.numel() - 1, col, 0)
+
+
+def room_of_rows(rows: int, most: int) -> int:
+    """Blocks that the rows of a causal square can list, `most` in each."""
+    width = min(rows, most)
+    return width * (width + 1) // 2 + (rows - width) * width
 
 
 def _needs_no_mask(row: Tensor, col: Tensor, m: int, n: int, block_m: int, block_n: int) -> Tensor:

@@ -7,13 +7,13 @@ stay apart ([B, Hq, ...]); reduce them with `by_group`.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from foveate.attention.backends.triton import availability
 from foveate.attention.positions import Positions
 from foveate.attention.shapes import match
 
@@ -40,11 +40,7 @@ def _pieces(
 def _kernels(q: Tensor, k: Tensor, positions: Positions | None) -> tuple[ModuleType, Tensor | None] | None:
     """The Triton reductions and the positions of the queries, where they serve the call."""
     positions = positions or Positions()
-    served = q.device.type == "cuda" and positions.k is None and importlib.util.find_spec("triton") is not None
-    served = served and q.dtype == k.dtype and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    served = served and q.shape[-1] <= 256 and q.stride(-1) == 1 and k.stride(-1) == 1
-    served = served and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    if not served or torch.cuda.get_device_capability(q.device)[0] < 8:
+    if positions.k is not None or q.shape[-1] > 256 or not availability.serves(q, k):
         return None
     return importlib.import_module("foveate.attention.backends.triton.score_reduce"), positions.q
 

@@ -18,8 +18,9 @@ class Stats:
 
     cache_bytes: allocated by the cache now, everything included; host_bytes of them in host memory beside the model's
     device, device_bytes the rest. scanned_share: of methods with an index, the pairs of query and key that it scored
-    over those it holds. recall: of their searches against exact ones, where that was measured. density: pairs of query and key that were read over
-    those a dense model reads, over all steps (prefill_density, decode_density: per phase; extend counts as prefill).
+    over those it holds. recall: of their searches against exact ones, where that was measured. density: pairs of query
+    and key that were read over those a dense model reads, over all steps (prefill_density, decode_density: per phase;
+    extend counts as prefill).
     """
 
     stores: list[LayerCache] = field(default_factory=list)

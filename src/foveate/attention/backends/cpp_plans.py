@@ -92,11 +92,14 @@ def decode(
     scale: float,
     *,
     limit: int = 0,
+    sharing: int = 1,
+    turns: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [S, R, D] in the dtype of k; segment s of k starts k_start[s] elements in, its rows k_row apart.
 
-    lists: int64 [S, K] slots within a segment (absent: < 0 or >= limit), or None for the first lengths[s] slots.
-    Returns float32 [S, R, Dv] and lse [S, R].
+    lists: int64 [S / sharing, K] slots within a segment (absent: < 0 or >= limit), each for `sharing` segments, or None
+    for the first lengths[s] slots. turns: cos, sin [K, P] float32, contiguous, and the distance of a pair's features,
+    as in `cpp_scoring.take`: the keys of a list are turned before use. Returns float32 [S, R, Dv] and lse [S, R].
     """
     S, R, D = q.shape
     Dv = v.shape[-1]
@@ -116,7 +119,12 @@ def decode(
         ctypes.c_void_p(None if lists is None else lists.data_ptr()),
         longs(*lengths),
         ctypes.c_int64(0 if lists is None else lists.stride(0)),
+        sharing,
         ctypes.c_int64(limit),
+        ctypes.c_void_p(None if turns is None else turns[0].data_ptr()),
+        ctypes.c_void_p(None if turns is None else turns[1].data_ptr()),
+        0 if turns is None else turns[0].shape[-1],
+        1 if turns is None else turns[2],
         S,
         R,
         D,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention.backends.cpp.build import library, why_unavailable
-from foveate.attention.backends.cpp_plans import KINDS
+from foveate.attention.backends.cpp_plans import KINDS, MAX_ROWS, decode
 
 
 def why_not(q: Tensor, k: Tensor) -> str | None:
@@ -142,3 +142,42 @@ def take(x: Tensor, index: Tensor, cos: Tensor | None, sin: Tensor | None, span:
         ctypes.c_void_p(out.data_ptr()),
         _starts(out),
     )
+
+
+def why_not_rows(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """One query q [B, Hq, 1, D] over listed rows of k [B, Hkv, N, D], v [B, Hkv, N, Dv], read where they lie."""
+    if q.device.type != "cpu" or q.dtype not in KINDS or not q.dtype == k.dtype == v.dtype:
+        return "it serves CPU tensors of one type, float32 or bfloat16"
+    if q.shape[-1] % 16 or v.shape[-1] % 16 or k.stride(-1) != 1 or v.stride(-1) != 1 or not k.shape[2]:
+        return "it serves head sizes that 16 divides, of a unit last stride, and at least one token"
+    if q.shape[2] != 1 or q.shape[1] // k.shape[1] > MAX_ROWS:
+        return f"it serves one query per head and at most {MAX_ROWS} heads per group"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it has no gradients"
+    return why_unavailable()
+
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, turns: tuple[Tensor, Tensor, int] | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, 1, D] over the rows index int64 [B, K] of k and v, or all, keys turned as `decode` does it: o
+    [B, Hq, 1, Dv] in q's dtype, lse [B, Hq, 1] float32."""
+    B, Hq, _, D = q.shape
+    H, N = k.shape[1:3]
+    k_start, v_start = ([b * x.stride(0) + h * x.stride(1) for b in range(B) for h in range(H)] for x in (k, v))
+    o, lse = decode(
+        q.reshape(B * H, Hq // H, D).contiguous(),
+        k,
+        v,
+        k_start,
+        v_start,
+        k.stride(2),
+        v.stride(2),
+        None if index is None else index.contiguous(),
+        [N if index is None else index.shape[1]] * (B * H),
+        scale,
+        limit=N,
+        sharing=H,
+        turns=turns,
+    )
+    return o.view(B, Hq, 1, -1).to(q.dtype), lse.view(B, Hq, 1)

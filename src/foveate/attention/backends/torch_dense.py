@@ -55,6 +55,8 @@ def fused(
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.dtype != torch.float16 and k.shape[2] > 0:
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        # The kernel takes features to be neighbours, whatever the stride says.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         k, v = (repeat_heads(each, q.shape[1]) for each in (k, v))
         mask = None if mask is None else mask.to(q.dtype)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

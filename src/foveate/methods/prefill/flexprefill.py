@@ -23,7 +23,6 @@ equal the host never waits for them.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import attend
+from foveate.attention.backends.triton import availability
 from foveate.attention.plan import Blocks, Dense, Plan
 from foveate.attention.scoring import top_mask
 from foveate.attention.summaries import in_chunks, mean
@@ -176,7 +176,7 @@ class Choice:
 
 
 def has_triton(x: Tensor) -> bool:
-    return x.is_cuda and importlib.util.find_spec("triton") is not None
+    return availability.why_not_device(x) is None
 
 
 def has_kernels(last: Tensor, k: Tensor) -> bool:

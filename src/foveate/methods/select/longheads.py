@@ -19,8 +19,9 @@ between them beside the query's own; the query stands one after the last key and
 token later. It chooses per query head where `per_query_head` (the authors have no GQA).
 
 Keys stay as the cache has them: instead of turning a chunk's keys to their index, the query is turned by the distance
-that they would move, once per chosen chunk, and the parts are merged by their log-sum-exps. State: chunk keys, N / w D
-per KV head, and w queries. Cost: O(N / w D + L D) per query and head. Layers with a sliding window are left dense.
+that they would move, once per chosen chunk, and the parts are merged by their log-sum-exps. So a prompt reads every
+chunk once per head, for all queries that chose it. State: chunk keys, N / w D per KV head, and w queries. Cost:
+O(N / w D + L D) per query and head. Layers with a sliding window are left dense.
 
 Alone: it moves positions. UnsupportedModelError without a known rotary embedding, or where keys and values differ in
 width. OptionError for a length that is no multiple of the chunk or below 3 of them, or a start before A - 1 are full.
@@ -30,23 +31,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import Positions, Tokens, apply_sink, attend, merge
+from foveate.attention import Positions, apply_sink, attend, merge
+from foveate.attention.backends.torch_dense import flat_rows
+from foveate.attention.ragged import attend_ragged
 from foveate.attention.scoring import slots_of, top_mask
-from foveate.attention.statistics import by_group
+from foveate.attention.summaries import attended
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
 from foveate.methods.step import Phase, Reading, RopeLike, Step
 from foveate.options import option
 from foveate.registry import register
 
-# Keys gathered at once for the queries of a prompt.
-PIECE_KEYS = 1 << 18
+# Queries of a prompt whose choices are sorted together.
+TOGETHER = 1 << 14
+# Queries up to which each reads its chunks for itself.
+FEW = 16
 
 
 @dataclass
@@ -72,6 +78,16 @@ class Part:
     def first(self) -> int:
         """Position of the first query."""
         return self.k.shape[2] - self.q.shape[2]
+
+
+@dataclass
+class Wanted:
+    """bare: [b, Hq, m, D], queries unrotated. chunks, places: int64 [b, H, m, n], what they read beside their own chunk
+    (-1 absent), and where a query stands for the keys of that chunk as they lie."""
+
+    bare: Tensor
+    chunks: Tensor
+    places: Tensor
 
 
 @register(
@@ -131,8 +147,6 @@ class LongHeads(Method):
             out[part.rows, :, place] = made
         return out
 
-    # --- chunk keys
-
     def _represent(self, step: Step, rope: RopeLike, part: Part) -> None:
         """Make the keys of the chunks that this step completes; remember the queries of the one it leaves open."""
         state, w, rows = step.state, self.chunk, part.rows
@@ -154,37 +168,28 @@ class LongHeads(Method):
     def chunk_keys(self, q: Tensor, k: Tensor, v: Tensor, rope: RopeLike, scale: float, begin: int = 0) -> Tensor:
         """Representations [b, H, chunks, D] of full chunks, from the begin-th on: q [b, Hq, chunks * w, D], k and v
         like it, rotated at true positions."""
-        b, H, N, _ = k.shape
-        w, chunks = self.chunk, N // self.chunk
+        w, N = self.chunk, k.shape[2]
         at = torch.arange(begin * w, begin * w + N, device=k.device)[None]
 
         def inside(x: Tensor) -> Tensor:
-            turned = rope.rotate(rope.unrotate(x, at), at % w)
-            return turned.unflatten(2, (chunks, w)).transpose(1, 2).flatten(0, 1)
+            return rope.rotate(rope.unrotate(x, at), at % w).unflatten(2, (-1, w))
 
-        own, values = inside(k), v.unflatten(2, (chunks, w)).transpose(1, 2).flatten(0, 1)
-        asked = attend(inside(q), own, values, scale=scale, causal=False).mean(2, keepdim=True)
-        if not self.per_query_head:
-            asked = by_group(asked, H)
-        made: Tensor = attend(asked, own, own, scale=scale, causal=False)
-        return made[:, :, 0].unflatten(0, (b, chunks)).transpose(1, 2)
-
-    # --- reading
+        values = v.unflatten(2, (-1, w))
+        return attended(inside(q), inside(k), values, scale=scale, per_query_head=self.per_query_head)
 
     def _attend_part(self, step: Step, rope: RopeLike, part: Part) -> Tensor:
-        """Dense up to `start`, then in pieces within which all queries have the same own chunk."""
-        first, N, w = part.first, part.k.shape[2], self.chunk
+        """Dense up to `start`, then by chunks."""
+        first, N = part.first, part.k.shape[2]
         official = self.official_prompt and step.phase != "decode"
         dense = min(N, self.start if official else self.start - 1) - first
         outputs, read = [], 0.0
         if dense > 0:
             outputs.append(self._dense(step, part, dense))
             read += dense * first + dense * (dense + 1) / 2
-        size = max(1, PIECE_KEYS // (part.q.shape[0] * part.q.shape[1] * self.length))
         t = first + max(0, dense)
         while t < N:
-            stop = min(N, t + size, (t // w + 1) * w)
-            made, chosen = self._attend_piece(step, rope, part, t, stop, official)
+            stop = min(N, t + TOGETHER)
+            made, chosen = self._attend_chosen(step, rope, part, t, stop, official)
             outputs.append(made)
             read += chosen
             t = stop
@@ -207,30 +212,132 @@ class LongHeads(Method):
         )
         return o
 
-    def _attend_piece(
+    def _attend_chosen(
         self, step: Step, rope: RopeLike, part: Part, t: int, stop: int, official: bool
     ) -> tuple[Tensor, float]:
-        """Positions [t, stop), all of one chunk b: their output, and how many keys they read in all, per head."""
-        w, b, m = self.chunk, t // self.chunk, stop - t
+        """Positions [t, stop): their output, and how many keys they read in all, per head."""
+        w, first = self.chunk, part.first
         at = torch.arange(t, stop, device=part.q.device)
-        q = part.q[:, :, t - part.first : stop - part.first]
-        B, Hq, _, D = q.shape
-        chosen = self.choose(step, rope.unrotate(q, at[None]), part.rows, at, official)
-        H, c = chosen.shape[1], chosen.shape[-1]
+        bare = rope.unrotate(part.q[:, :, t - first : stop - first], at[None])
+        edges = [t, *range((t // w + 1) * w, stop, w), stop]
+        choices, outputs, lses = [], [], []
+        for a, b in pairwise(edges):
+            choices.append(self.choose(step, bare[:, :, a - t : b - t], part.rows, at[a - t : b - t], official))
+            o, lse = self._own_chunk(step, part, a, b, official)
+            outputs.append(o)
+            lses.append(lse)
+        most = max(each.shape[-1] for each in choices)
+        chosen = torch.cat([F.pad(each, (0, most - each.shape[-1]), value=-1) for each in choices], 2)
         present = chosen >= 0
-        closer = b - present.sum(-1, keepdim=True) - (chosen - torch.arange(c, device=at.device))
-        places = (at[:, None] - closer * w).clamp_min(0).flatten(2).repeat_interleave(Hq // H, 1)
-        asked = rope.unrotate(q, at[None])[:, :, :, None].expand(-1, -1, -1, c, -1).flatten(2, 3)
-        keys = chosen[..., None] * w + torch.arange(w, device=at.device)
-        index = torch.where(present[..., None], keys, -1).flatten(2, 3)
-        far, far_lse = self._read(step, rope.rotate(asked, places), part, slice(None), Positions(holes=True), index)
-        # Own chunk: at true distances; in the authors' prompts a query stops before its own key.
-        own = Positions((at - b * w - (1 if official else 0))[None].expand(B, -1), holes=official)
-        near, near_lse = self._read(step, q, part, slice(b * w, stop), own)
-        parts = far.view(B, Hq, m, c, D).unbind(3), far_lse.view(B, Hq, m, c).unbind(3)
-        o, lse = merge([near, *parts[0]], [near_lse, *parts[1]])
-        read = float(present.sum()) * w / (B * H) + float((at - b * w + (0 if official else 1)).sum())
-        return (o if step.sink is None else apply_sink(o, lse, step.sink)[0]), read
+        # By how many chunks a chosen one comes closer to the query.
+        skipped = (at // w)[:, None] - present.sum(-1, keepdim=True) - chosen + torch.arange(most, device=at.device)
+        places = (at[:, None] - skipped * w).clamp_min(0)
+        near = torch.cat(outputs, 2), torch.cat(lses, 2)
+        want = Wanted(bare, chosen, places)
+        add = self._add_by_query if stop - t <= FEW else self._add_by_chunk
+        o, lse = add(step, rope, part, want, *near)
+        read = float(present.sum()) * w / (bare.shape[0] * chosen.shape[1])
+        read += float((at % w + (0 if official else 1)).sum())
+        o = o if step.sink is None else apply_sink(o, lse, step.sink)[0]
+        return o.to(part.q.dtype), read
+
+    def _own_chunk(self, step: Step, part: Part, t: int, stop: int, official: bool) -> tuple[Tensor, Tensor]:
+        """The queries of positions [t, stop) over their own chunk, at true distances."""
+        begin, first = t // self.chunk * self.chunk, part.first
+        positions = None
+        if official:
+            # They stop before their own keys.
+            at = torch.arange(t - begin - 1, stop - begin - 1, device=part.q.device)
+            positions = Positions(at.expand(part.q.shape[0], -1), holes=True)
+        o, lse = attend(
+            part.q[:, :, t - first : stop - first],
+            part.k[:, :, begin:stop],
+            part.v[:, :, begin:stop],
+            scale=step.scale,
+            positions=positions,
+            softcap=step.softcap,
+            return_lse=True,
+        )
+        return o, lse
+
+    def _add_by_chunk(
+        self, step: Step, rope: RopeLike, part: Part, want: Wanted, o: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the wanted chunks to o [b, Hq, m, D], lse [b, Hq, m]: each is read once, by all queries that chose it."""
+        w, (B, H, _, n), chunks = self.chunk, want.chunks.shape, part.k.shape[2] // self.chunk
+        G, shared = want.bare.shape[1] // H, H // part.k.shape[1]
+        o, lse = o.to(lse.dtype), lse.clone()
+        order = want.chunks.flatten(2).sort(dim=-1, stable=True).indices
+        numbers = torch.arange(B * H, device=o.device).view(B, H, 1, 1) * (chunks + 1)
+        counts = torch.bincount((want.chunks + 1 + numbers).flatten(), minlength=B * H * (chunks + 1))
+        for segment, (begin, *readers) in enumerate(counts.view(B * H, chunks + 1).tolist()):
+            b, h = divmod(segment, H)
+            heads, kv = slice(h * G, h * G + G), slice(h // shared, h // shared + 1)
+            for g, count in enumerate(readers):
+                if not count:
+                    continue
+                entries = order[b, h, begin : begin + count]
+                begin += count
+                rows, span = entries // n, slice(g * w, g * w + w)
+                asked = want.bare[b : b + 1, heads].index_select(2, rows)
+                asked = rope.rotate(asked, want.places[b, h].flatten()[entries][None])
+                far, far_lse = attend(
+                    asked.reshape(1, 1, G * count, -1),
+                    part.k[b : b + 1, kv, span],
+                    part.v[b : b + 1, kv, span],
+                    scale=step.scale,
+                    # More queries than keys stand nowhere by default.
+                    positions=Positions(rows.new_zeros(1, G * count)),
+                    causal=False,
+                    softcap=step.softcap,
+                    return_lse=True,
+                )
+                far, far_lse = far.view(G, count, -1), far_lse.view(G, count)
+                held, held_lse = o[b, heads].index_select(1, rows), lse[b, heads].index_select(1, rows)
+                # A chunk holds keys, so its own log-sum-exp is finite.
+                share = torch.sigmoid(far_lse - held_lse)[..., None]
+                o[b, heads].index_copy_(1, rows, torch.lerp(held, far.to(held.dtype), share))
+                lse[b, heads].index_copy_(1, rows, torch.logaddexp(held_lse, far_lse))
+        return o, lse
+
+    def _add_by_query(
+        self, step: Step, rope: RopeLike, part: Part, want: Wanted, o: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same for few queries: every query with every chunk that it chose is a sequence of its own."""
+        w, (B, Hq, m, D), n = self.chunk, want.bare.shape, want.chunks.shape[-1]
+        H, K = want.chunks.shape[1], part.k.shape[1]
+        places = want.places.flatten(2).repeat_interleave(Hq // H, 1)
+        asked = rope.rotate(want.bare[:, :, :, None].expand(-1, -1, -1, n, -1).flatten(2, 3), places)
+        rows = asked.unflatten(1, (H, -1)).transpose(2, 3).reshape(B, -1, 1, D)
+        present, number = want.chunks >= 0, want.chunks.clamp_min(0)
+        (keys, first), (values, _) = flat_rows(part.k), flat_rows(part.v)
+        alike = part.k.stride() == part.v.stride()
+        if keys is not None and values is not None and alike and step.softcap is None:
+            # They are read where they lie.
+            start = first.repeat_interleave(H // K, 1)[..., None] + number * w
+            length = present * w
+            far, far_lse = attend_ragged(
+                rows, keys, values, start.flatten(), length.flatten(), scale=step.scale, return_lse=True
+            )
+        else:
+            b, h = (torch.arange(size, device=o.device) for size in (B, H))
+            at = b[:, None, None, None], (h // (H // K))[:, None, None], number
+            held = (
+                x[:, :, : x.shape[2] // w * w].unflatten(2, (-1, w))[at].flatten(0, 3)[:, None]
+                for x in (part.k, part.v)
+            )
+            far, far_lse = attend(
+                rows.view(-1, Hq // H, 1, D),
+                *held,
+                scale=step.scale,
+                causal=False,
+                softcap=step.softcap,
+                return_lse=True,
+            )
+            far_lse = far_lse.view(B, H, m, n, -1).masked_fill(~present[..., None], -torch.inf)
+        far, far_lse = far.view(B, H, m * n, -1, D).transpose(2, 3), far_lse.view(B, H, m * n, -1).transpose(2, 3)
+        outputs, lses = far.reshape(B, Hq, m, n, D).unbind(3), far_lse.reshape(B, Hq, m, n).unbind(3)
+        return merge([o, *outputs], [lse, *lses])
 
     def choose(self, step: Step, q: Tensor, rows: slice, at: Tensor, official: bool = False) -> Tensor:
         """Chunks beside their own that queries q [b, Hq, m, D], unrotated, at positions at [m] of one chunk read: int64
@@ -246,23 +353,6 @@ class LongHeads(Method):
         most = self.length // self.chunk - 3
         best = top_mask(scores.masked_fill(~middle, -torch.inf), most)
         return slots_of((best | ((order == 0) | ~middle)).flatten(1, 2)).unflatten(1, (H, at.numel()))
-
-    @staticmethod
-    def _read(
-        step: Step, q: Tensor, part: Part, slots: slice, positions: Positions, index: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        o, lse = attend(
-            q,
-            part.k[:, :, slots],
-            part.v[:, :, slots],
-            None if index is None else Tokens(index),
-            scale=step.scale,
-            positions=positions,
-            causal=index is None,
-            softcap=step.softcap,
-            return_lse=True,
-        )
-        return o, lse
 
 
 def _parts(step: Step) -> Iterator[tuple[Part, Tensor | slice]]:

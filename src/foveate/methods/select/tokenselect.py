@@ -22,9 +22,10 @@ head_map="modulo"); scores are not rounded to bfloat16; batches are served, ever
 keys are stored beside the rotated ones (half as many bytes again, all told): the local window is read as it lies, and
 the chosen tokens alone are rotated to their ranks, the queries turned to match, the two parts merged by their
 log-sum-exps. Layers with a sliding window of their own are dense.
-Cost of a decode step: a new choice O(N Hq D) and a top-k over N, then O(L D); a reused choice O(L D) without a gather.
-State: unrotated keys, and with reuse the chosen keys and values; a request holds the rotations to the L ranks once per
-rotary embedding. Needs the rotary embedding (UnsupportedModelError).
+Cost of a decode step: a new choice O(N Hq D) and a top-k over N, then O(L D); a reused choice O(L D). The C++ kernel
+reads chosen tokens where they lie and copies those of a choice that has served a few steps; elsewhere every new choice
+is copied. State: unrotated keys, with reuse the choice and its copy; a request holds the rotations to the L ranks once
+per rotary embedding. Needs the rotary embedding (UnsupportedModelError).
 """
 
 from __future__ import annotations
@@ -37,30 +38,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import attend
-from foveate.attention.scoring import RotaryTable, softmax_votes, take_rows, top_slots
+from foveate.attention.scoring import RotaryTable, attend_rows, reads_in_place, softmax_votes, take_rows, top_slots
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
 from foveate.methods.select.reuse import WhenDissimilar
+from foveate.methods.select.rotations import Rotations
 from foveate.methods.step import Phase, Reading, RopeLike, Step
 from foveate.options import option
 from foveate.registry import register
 
 UNROTATED = "tokenselect"
+# Steps that a choice is read where it lies, where that is possible, before it is copied: a copy costs what it saves in
+# two to three steps (one core of a Zen 3, 3584 of 32k keys, float32 and bfloat16).
+LEND = 3
 
 
 @dataclass
 class Selection:
     """One layer's selection cache.
 
-    made: bool [B] on the host. query: [B, Hq, D] qbar. keys, values: [B, Hkv, sinks + budget, D], the first tokens and
-    the chosen ones, keys at their ranks. chosen: [B, budget] int64, their places among a row's tokens.
+    query: [B, Hq, D] qbar. index: [B, sinks + budget] int64, the places of the first tokens and the chosen ones among a
+    row's tokens. served: [B] int64 on the host, the steps that a choice has served; -1: none was made.
+    copied: bool [B] on the host, whether keys, values [B, Hkv, sinks + budget, D] hold them, keys at their ranks.
     """
 
-    made: Tensor
     query: Tensor
-    keys: Tensor
-    values: Tensor
-    chosen: Tensor
+    index: Tensor
+    served: Tensor
+    copied: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass
@@ -137,13 +144,15 @@ class TokenSelect(Method):
         """Tokens that one query reads at most, and so the length up to which it reads all."""
         return self.sinks + self.budget + self.local
 
-    # --- one step
-
     def attend(self, step: Step) -> Tensor:
         if step.window is not None:
             return step.attend()
         if step.rope is None:
             raise UnsupportedModelError("TokenSelect moves keys, and this model's rotary embedding is not known")
+        if step.m == 1 and step.cache.positions is None and step.cache.has_extra(UNROTATED):
+            rotations = self._rotations(step, step.rope)
+            if rotations is not None:
+                return self._attend_token(step, step.rope, rotations)
         bare = self._store_unrotated(step, step.rope)
         if step.cache.stored <= self.most or (step.m > 1 and not self.prompt):
             return step.attend()
@@ -156,6 +165,19 @@ class TokenSelect(Method):
             if bool(real.any()):
                 out[row, :, real] = self._attend_part(step, step.rope, self._row(step, row, real, bare))[0]
         return out
+
+    def _attend_token(self, step: Step, rope: RopeLike, rotations: Rotations) -> Tensor:
+        """A decode step where slot j holds token j: one turn gives all rotations that it asks for."""
+        N, Hq = step.cache.stored, step.q.shape[1]
+        both = torch.cat((step.q, step.k[:, :, -1:]), 1).expand(-1, -1, 3, -1)
+        turned = rotations.of_token(rope, N - 1, step.q).turn(both)
+        unrotated = step.cache.extra(UNROTATED)
+        unrotated[:, :, -1:] = turned[:, Hq:, :1]
+        if self.most >= N:
+            return step.attend()
+        part = Part(slice(None), step.q, None, step.k, unrotated, step.v)
+        self._record(step, part, 0)
+        return self._read_chosen(step, rope, rotations.ranks, part, turned[:, :Hq, 1], turned[:, :Hq, 2:])
 
     @staticmethod
     def _store_unrotated(step: Step, rope: RopeLike) -> Tensor | None:
@@ -210,14 +232,18 @@ class TokenSelect(Method):
         if bare is None:
             bare = rope.unrotate(part.q, torch.arange(N - M, N, device=part.q.device)[None])
         query = _turned(rope, ranks, bare, self.local).mean(2)
-        keys, values = self._chosen(step, rope, part, query)
-        reading = _turned(rope, ranks, bare, self.most - M)
-        far, far_lse = attend(
-            reading, keys, values, scale=step.scale, softcap=step.softcap, causal=False, return_lse=True
-        )
-        near, near_lse = self._read(
-            step, part.q, part.k[:, :, -self.local :], part.v[:, :, -self.local :], return_lse=True
-        )
+        return self._read_chosen(step, rope, ranks, part, query, _turned(rope, ranks, bare, self.most - M))
+
+    def _read_chosen(
+        self, step: Step, rope: RopeLike, ranks: RotaryTable | None, part: Part, query: Tensor, reading: Tensor
+    ) -> Tensor:
+        """The first tokens, those chosen for qbar, and the last ones; reading: the queries at the last ranks."""
+        far, far_lse = self._read_far(step, rope, ranks, part, query, reading)
+        k, v = part.k[:, :, -self.local :], part.v[:, :, -self.local :]
+        if part.q.shape[2] == 1 and step.sink is None:
+            near, near_lse = attend_rows(part.q, k, v, scale=step.scale, softcap=step.softcap)
+        else:
+            near, near_lse = self._read(step, part.q, k, v, return_lse=True)
         # Both parts hold keys, so the weights of the two are a sigmoid.
         share = torch.sigmoid(near_lse - far_lse)[..., None]
         return torch.lerp(far.to(share.dtype), near.to(share.dtype), share).to(part.q.dtype)
@@ -238,48 +264,71 @@ class TokenSelect(Method):
         share = part.q.shape[0] / step.q.shape[0]
         step.run.readings.append(Reading(step.layer, step.phase, read * share, visible * share))
 
-    # --- the choice
-
-    def _chosen(self, step: Step, rope: RopeLike, part: Part, query: Tensor) -> tuple[Tensor, Tensor]:
-        """The first tokens and those chosen for qbar, keys at their ranks: [b, Hkv, sinks + budget, D]."""
-        if self.reuse is None:
-            return self._gather(step, rope, part, self.votes_for(query, part.unrotated))
-        if step.state is None:
-            step.state = self._empty(step)
-        state, rows = step.state, part.rows
-        due = ~state.made[rows] | WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows])
-        if bool(due.any()):
-            chosen, every = self.votes_for(query, part.unrotated), bool(due.all())
-            out = (state.keys[rows], state.values[rows]) if every else None
-            keys, values = self._gather(step, rope, part, chosen, out)
-            pairs = [(state.query, query), (state.chosen, chosen)]
-            if every:
-                for held, new in pairs:
-                    held[rows] = new
-            else:
-                fresh = due.to(query.device)
-                for held, new in (*pairs, (state.keys, keys), (state.values, values)):
-                    held[rows] = torch.where(fresh.view(-1, *[1] * (new.dim() - 1)), new, held[rows])
-            state.made[rows] |= due
-        return state.keys[rows], state.values[rows]
-
-    def _empty(self, step: Step) -> Selection:
-        B, H = step.cache.shape
-        far = self.sinks + self.budget
-        return Selection(
-            torch.zeros(B, dtype=torch.bool),
-            step.q.new_zeros(B, step.q.shape[1], step.q.shape[-1]),
-            step.k.new_zeros(B, H, far, step.k.shape[-1]),
-            step.v.new_zeros(B, H, far, step.v.shape[-1]),
-            torch.zeros(B, self.budget, dtype=torch.int64, device=step.q.device),
-        )
-
-    def _gather(
-        self, step: Step, rope: RopeLike, part: Part, chosen: Tensor, out: tuple[Tensor, Tensor] | None = None
+    def _read_far(
+        self, step: Step, rope: RopeLike, ranks: RotaryTable | None, part: Part, query: Tensor, reading: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The first tokens and the chosen ones, keys at their ranks, written to `out` where it is given."""
-        first = torch.arange(self.sinks, device=chosen.device).expand(part.k.shape[0], -1)
-        index, ranks = torch.cat((first, chosen), 1), self._ranks(step, rope)
+        """`reading` over the first tokens and those chosen for qbar."""
+        rows = part.rows
+        if self.reuse is None:
+            state, index, lent = None, self._index(query, part.unrotated), True
+        else:
+            state = self._choice(step, part, query)
+            index, lent = state.index[rows], not bool((state.copied[rows] | (state.served[rows] >= LEND)).all())
+        if lent and ranks is not None and step.softcap is None and reads_in_place(reading, part.unrotated, part.v):
+            table = ranks.rows(0, index.shape[1])
+            return attend_rows(reading, part.unrotated, part.v, index, table, scale=step.scale)
+        if state is None:
+            keys, values = self._copy(rope, ranks, part, index)
+        else:
+            keys, values = self._copied(state, rope, ranks, part)
+        return attend_rows(reading, keys, values, scale=step.scale, softcap=step.softcap)
+
+    def _choice(self, step: Step, part: Part, query: Tensor) -> Selection:
+        """The selection cache, the choice of the part's rows made for qbar or found to serve it."""
+        rows = part.rows
+        if step.state is None:
+            B, L = step.cache.shape[0], self.sinks + self.budget
+            index = torch.zeros(B, L, dtype=torch.int64, device=step.q.device)
+            asked = step.q.new_zeros(B, step.q.shape[1], step.q.shape[-1])
+            step.state = Selection(asked, index, torch.full((B,), -1), torch.zeros(B, dtype=torch.bool))
+        state: Selection = step.state
+        assert self.reuse is not None
+        state.served[rows] += 1
+        due = (state.served[rows] == 0) | WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows])
+        if bool(due.any()):
+            index, every, fresh = self._index(query, part.unrotated), bool(due.all()), due.to(query.device)
+            for held, new in ((state.query, query), (state.index, index)):
+                held[rows] = new if every else torch.where(fresh.view(-1, *[1] * (new.dim() - 1)), new, held[rows])
+            state.served[rows] = state.served[rows].masked_fill(due, 0)
+            state.copied[rows] = False
+        return state
+
+    def _index(self, query: Tensor, k: Tensor) -> Tensor:
+        """The places of the first tokens and of those chosen for qbar: int64 [b, sinks + budget]."""
+        first = torch.arange(self.sinks, device=k.device).expand(k.shape[0], -1)
+        return torch.cat((first, self.votes_for(query, k)), 1)
+
+    def _copied(self, state: Selection, rope: RopeLike, ranks: RotaryTable | None, part: Part) -> tuple[Tensor, Tensor]:
+        """The copies of the part's rows, made where they are not there yet."""
+        rows = part.rows
+        if state.keys is None or state.values is None:
+            B, L = state.index.shape
+            state.keys, state.values = (x.new_empty(B, x.shape[1], L, x.shape[3]) for x in (part.k, part.v))
+        keys, values = state.keys[rows], state.values[rows]
+        if not bool(state.copied[rows].all()):
+            self._copy(rope, ranks, part, state.index[rows], (keys, values))
+            state.copied[rows] = True
+        return keys, values
+
+    @staticmethod
+    def _copy(
+        rope: RopeLike,
+        ranks: RotaryTable | None,
+        part: Part,
+        index: Tensor,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values by index, keys at their ranks, written to `out` where it is given."""
         keys, values = out or (None, None)
         values = take_rows(part.v, index, out=values)
         if ranks is not None:
@@ -288,14 +337,19 @@ class TokenSelect(Method):
         return (turned if keys is None else keys.copy_(turned)), values
 
     def _ranks(self, step: Step, rope: RopeLike) -> RotaryTable | None:
+        rotations = self._rotations(step, rope)
+        return None if rotations is None else rotations.ranks
+
+    def _rotations(self, step: Step, rope: RopeLike) -> Rotations | None:
         """The rotations to all ranks, made once for the layers that turn alike; None: of a layout without a table."""
-        tables: dict[RopeLike, RotaryTable | None] = step.run.shared.setdefault((self, step.member, "ranks"), {})
+        tables: dict[RopeLike, Rotations | None] = step.run.shared.setdefault((self, step.member, "ranks"), {})
         if rope not in tables:
             # A chunk of queries votes from `local` on.
             order = torch.arange(max(self.most, self.local + self.chunk), device=step.k.device)
-            known = (each for each in tables.values() if each is not None and each.cos.device == order.device)
-            alike = next((each for each in known if each.agrees(rope.rotate, order)), None)
-            tables[rope] = alike or RotaryTable.of(rope.rotate, order, step.k)
+            known = (each for each in tables.values() if each is not None and each.ranks.cos.device == order.device)
+            alike = next((each for each in known if each.ranks.agrees(rope.rotate, order)), None)
+            ranks = None if alike else RotaryTable.of(rope.rotate, order, step.k)
+            tables[rope] = alike or (None if ranks is None else Rotations.to(ranks, (self.local, self.most - 1)))
         return tables[rope]
 
     def mean_query(self, q: Tensor, rope: RopeLike) -> Tensor:

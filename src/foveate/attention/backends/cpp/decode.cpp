@@ -24,11 +24,6 @@ inline void prefetch(const T* row, int width) {
 }
 
 #if defined(__AVX512F__)
-inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-inline __m512 load(const bf16* p) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
 // exp of non-positive numbers, relative error below 2e-7: 2^n times a degree-6 polynomial.
 inline __m512 exp512(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
@@ -42,20 +37,13 @@ inline __m512 exp512(__m512 x) {
 }
 #endif
 
+// One key's values, WIDE columns at a time.
 template <typename T, int R>
 inline void accumulate(const float* p, const T* v, int D, float* acc, int begin, int end) {
-#if defined(__AVX512F__)
-    for (int d = begin; d < end; d += 16) {
-        __m512 vv = load(v + d);
-        for (int r = 0; r < R; ++r) {
-            float* a = acc + r * D + d;
-            _mm512_storeu_ps(a, _mm512_fmadd_ps(_mm512_set1_ps(p[r * BLOCK]), vv, _mm512_loadu_ps(a)));
-        }
+    for (int d = begin; d < end; d += WIDE) {
+        Floats x = load(v + d);
+        for (int r = 0; r < R; ++r) save(load(acc + r * D + d) + p[r * BLOCK] * x, acc + r * D + d);
     }
-#else
-    for (int r = 0; r < R; ++r)
-        for (int d = begin; d < end; ++d) acc[r * D + d] += p[r * BLOCK] * widen(v[d]);
-#endif
 }
 
 #if defined(__AVX512F__)
@@ -72,7 +60,10 @@ inline void columns(const bf16* v, __m512* x) {
     }
 }
 
-// 64 columns of a block's values at once: the sums stay in registers over all keys of the block.
+template <int R>
+constexpr int WIDTH = 64;
+
+// WIDTH columns of a block's values at once: the sums stay in registers over all keys of the block.
 template <typename T, int R>
 inline void accumulate_block(const float* p, const T* const* rows, int count, int D, float* acc, int d) {
     __m512 a[R][4], x[4];
@@ -88,6 +79,25 @@ inline void accumulate_block(const float* p, const T* const* rows, int count, in
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) _mm512_storeu_ps(acc + r * D + d + 16 * c, a[r][c]);
 }
+#else
+// Sixteen registers hold the sums of R rows, the values, and a weight.
+template <int R>
+constexpr int WIDTH = R <= 4 ? 2 * WIDE : WIDE;
+
+template <typename T, int R>
+inline void accumulate_block(const float* p, const T* const* rows, int count, int D, float* acc, int d) {
+    constexpr int C = WIDTH<R> / WIDE;
+    Floats a[R][C], x[C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) a[r][c] = load(acc + r * D + d + WIDE * c);
+    for (int j = 0; j < count; ++j) {
+        for (int c = 0; c < C; ++c) x[c] = load(rows[j] + d + WIDE * c);
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) a[r][c] += p[r * BLOCK + j] * x[c];
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) save(a[r][c], acc + r * D + d + WIDE * c);
+}
 #endif
 
 // Where the sum of column d lies.
@@ -99,31 +109,58 @@ inline int place(int d, int D) {
     return d;
 }
 
-inline float weigh(float* s, int count, float top) {
-    float sum = 0;
+// s becomes scale * s; its greatest.
+inline float greatest(float* s, int count, float scale) {
+    float high = NOTHING;
     int j = 0;
-#if defined(__AVX512F__)
-    __m512 total = _mm512_setzero_ps(), shift = _mm512_set1_ps(top);
-    for (; j + 16 <= count; j += 16) {
-        __m512 w = exp512(_mm512_sub_ps(_mm512_loadu_ps(s + j), shift));
-        _mm512_storeu_ps(s + j, w);
-        total = _mm512_add_ps(total, w);
+    if (count >= WIDE) {
+        Floats tops = Floats{} + NOTHING;
+        for (; j + WIDE <= count; j += WIDE) {
+            Floats x = load(s + j) * scale;
+            save(x, s + j);
+            tops = x > tops ? x : tops;
+        }
+        for (int i = 0; i < WIDE; ++i) high = std::max(high, tops[i]);
     }
-    sum = _mm512_reduce_add_ps(total);
+    for (; j < count; ++j) high = std::max(high, s[j] *= scale);
+    return high;
+}
+
+inline float weigh(float* s, int count, float top) {
+    int j = 0;
+    Floats total{};
+    for (; j + WIDE <= count; j += WIDE) {
+#if defined(__AVX512F__)
+        Floats w = (Floats)exp512((__m512)(load(s + j) - top));
+#else
+        Floats w = exponential(load(s + j) - top);
 #endif
+        save(w, s + j);
+        total += w;
+    }
+    float made = sum(total);
     for (; j < count; ++j) {
         s[j] = std::exp(s[j] - top);
-        sum += s[j];
+        made += s[j];
     }
-    return sum;
+    return made;
 }
+
+// The rotations of a list's keys: cos, sin [entries, pairs] as `turn` reads them; none where pairs is 0.
+struct Turns {
+    const float* cos;
+    const float* sin;
+    int pairs, span;
+};
 
 // One stretch [first, last) of a list (or of all keys) for R rows: acc [R, Dv], top [R], sum [R].
 template <typename T, int R>
 void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int64_t v_row, const int64_t* list,
-             int64_t limit, int64_t first, int64_t last, int D, int Dv, float* acc, float* top, float* sum) {
+             int64_t limit, const Turns& turns, int64_t first, int64_t last, int D, int Dv, float* acc, float* top,
+             float* sum) {
     float scores[R * BLOCK];
     const T* values[BLOCK];
+    std::vector<T> turned(turns.pairs ? D : 0);
     std::fill(acc, acc + R * Dv, 0.0f);
     std::fill(top, top + R, NOTHING);
     std::fill(sum, sum + R, 0.0f);
@@ -136,14 +173,21 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
                 prefetch(k + list[begin + AHEAD] * k_row, D);
                 prefetch(v + list[begin + AHEAD] * v_row, Dv);
             }
-            dots<R>(q, k + slot * k_row, D, scores + count, BLOCK);
+            const T* key = k + slot * k_row;
+            if (turns.pairs) {
+                int width = 2 * turns.pairs;
+                turn(key, turns.cos + begin * turns.pairs, turns.sin + begin * turns.pairs, turns.pairs, turns.span,
+                     turned.data());
+                std::copy(key + width, key + D, turned.data() + width);
+                key = turned.data();
+            }
+            dots<R>(q, key, D, scores + count, BLOCK);
             values[count++] = v + slot * v_row;
         }
         if (!count) continue;
         for (int r = 0; r < R; ++r) {
             float* s = scores + r * BLOCK;
-            for (int j = 0; j < count; ++j) s[j] *= scale;
-            float high = std::max(top[r], *std::max_element(s, s + count));
+            float high = std::max(top[r], greatest(s, count, scale));
             float fade = top[r] == NOTHING ? 0.0f : std::exp(top[r] - high);
             if (fade != 1.0f)
                 for (int d = 0; d < Dv; ++d) acc[r * Dv + d] *= fade;
@@ -151,17 +195,15 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
             top[r] = high;
         }
         int d = 0;
-#if defined(__AVX512F__)
-        for (; d + 64 <= Dv; d += 64) accumulate_block<T, R>(scores, values, count, Dv, acc, d);
-#endif
+        for (; d + WIDTH<R> <= Dv; d += WIDTH<R>) accumulate_block<T, R>(scores, values, count, Dv, acc, d);
         if (d < Dv)
             for (int j = 0; j < count; ++j) accumulate<T, R>(scores + j, values[j], Dv, acc, d, Dv);
     }
 }
 
 template <typename T>
-using Stretch = void (*)(const T*, float, const T*, const T*, int64_t, int64_t, const int64_t*, int64_t, int64_t,
-                         int64_t, int, int, float*, float*, float*);
+using Stretch = void (*)(const T*, float, const T*, const T*, int64_t, int64_t, const int64_t*, int64_t, const Turns&,
+                         int64_t, int64_t, int, int, float*, float*, float*);
 
 template <typename T>
 Stretch<T> pick(int rows) {
@@ -179,8 +221,8 @@ Stretch<T> pick(int rows) {
 
 template <typename T>
 void run(const T* q, float scale, const T* k, const T* v, const int64_t* k_start, const int64_t* v_start, int64_t k_row,
-         int64_t v_row, const int64_t* list, const int64_t* length, int64_t list_row, int64_t limit, int heads,
-         int rows, int D, int Dv, int threads, float* out, float* lse) {
+         int64_t v_row, const int64_t* list, const int64_t* length, int64_t list_row, int sharing, int64_t limit,
+         const Turns& turns, int heads, int rows, int D, int Dv, int threads, float* out, float* lse) {
     // Enough stretches that all threads have work, each long enough to pay for its merge.
     int64_t longest = *std::max_element(length, length + heads);
     int wanted = (threads * 2 + heads - 1) / heads;
@@ -196,8 +238,8 @@ void run(const T* q, float scale, const T* k, const T* v, const int64_t* k_start
                 int r = piece * 8, n = std::min(8, rows - r);
                 size_t at = (static_cast<size_t>(h) * splits + s) * rows + r;
                 pick<T>(n)(q + (static_cast<size_t>(h) * rows + r) * D, scale, k + k_start[h], v + v_start[h], k_row, v_row,
-                           list ? list + h * list_row : nullptr, limit, first, last, D, Dv, &acc[at * Dv],
-                           &top[at], &sum[at]);
+                           list ? list + h / sharing * list_row : nullptr, limit, turns, first, last, D, Dv,
+                           &acc[at * Dv], &top[at], &sum[at]);
             }
         }
     for (int h = 0; h < heads; ++h)
@@ -222,19 +264,21 @@ void run(const T* q, float scale, const T* k, const T* v, const int64_t* k_start
 
 extern "C" {
 
-// q [heads, rows, D] of the keys' kind, its products multiplied by scale; k, v: first elements of storage, head h starting at k_start[h], rows
-// k_row elements apart; list [heads, list_row] key slots (absent: < 0 or >= limit) or null for slots 0..length[h];
-// length [heads].
+// q [heads, rows, D] of the keys' kind, its products multiplied by scale; k, v: first elements of storage, head h
+// starting at k_start[h], rows k_row elements apart; list [heads / sharing, list_row] key slots (absent: < 0 or >= limit)
+// or null for slots 0..length[h]; length [heads]. Keys of a list are turned as `turn` says by cos, sin [list_row, pairs]
+// before use; pairs 0: as they are.
 // out [heads, rows, Dv], lse [heads, rows] float32. kind: 0 float32, 1 bfloat16. D and Dv multiples of 16.
 void foveate_decode(int kind, const void* q, float scale, const void* k, const void* v, const int64_t* k_start,
                     const int64_t* v_start, int64_t k_row, int64_t v_row, const int64_t* list, const int64_t* length,
-                    int64_t list_row, int64_t limit, int heads, int rows, int D, int Dv, int threads, float* out,
-                    float* lse) {
+                    int64_t list_row, int sharing, int64_t limit, const float* cos, const float* sin, int pairs, int span,
+                    int heads, int rows, int D, int Dv, int threads, float* out, float* lse) {
+    Turns turns{cos, sin, pairs, span};
     if (kind == 0)
-        run(static_cast<const float*>(q), scale, static_cast<const float*>(k), static_cast<const float*>(v), k_start, v_start, k_row, v_row, list, length,
-            list_row, limit, heads, rows, D, Dv, threads, out, lse);
+        run(static_cast<const float*>(q), scale, static_cast<const float*>(k), static_cast<const float*>(v), k_start, v_start,
+            k_row, v_row, list, length, list_row, sharing, limit, turns, heads, rows, D, Dv, threads, out, lse);
     else
-        run(static_cast<const bf16*>(q), scale, static_cast<const bf16*>(k), static_cast<const bf16*>(v), k_start, v_start, k_row, v_row, list, length,
-            list_row, limit, heads, rows, D, Dv, threads, out, lse);
+        run(static_cast<const bf16*>(q), scale, static_cast<const bf16*>(k), static_cast<const bf16*>(v), k_start, v_start,
+            k_row, v_row, list, length, list_row, sharing, limit, turns, heads, rows, D, Dv, threads, out, lse);
 }
 }

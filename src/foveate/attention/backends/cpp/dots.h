@@ -1,8 +1,10 @@
-// What the CPU kernels share: storage types, and products of a few query rows with one key.
+// What the CPU kernels share: storage types, products of a few query rows with keys, exponentials, rotations.
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#include <initializer_list>
+#include <utility>
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -18,46 +20,147 @@ inline float widen(bf16 x) {
     return y;
 }
 
-// out[r * gap] = q[r] . k for R rows; products and sums in float32.
-template <int R>
-inline void dots(const float* q, const float* k, int D, float* out, int64_t gap) {
+// As many floats as a register holds.
 #if defined(__AVX512F__)
-    __m512 acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
-    for (int d = 0; d < D; d += 16) {
-        __m512 x = _mm512_loadu_ps(k + d);
-        for (int r = 0; r < R; ++r) acc[r] = _mm512_fmadd_ps(_mm512_loadu_ps(q + r * D + d), x, acc[r]);
-    }
-    for (int r = 0; r < R; ++r) out[r * gap] = _mm512_reduce_add_ps(acc[r]);
+constexpr int WIDE = 16;
+#elif defined(__AVX2__)
+constexpr int WIDE = 8;
 #else
-    for (int r = 0; r < R; ++r) {
-        float sum = 0;
-        for (int d = 0; d < D; ++d) sum += q[r * D + d] * k[d];
-        out[r * gap] = sum;
-    }
+constexpr int WIDE = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * WIDE)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDE)));
+
+inline Floats load(const float* x) {
+    Floats y;
+    std::memcpy(&y, x, sizeof(y));
+    return y;
+}
+inline Floats load(const bf16* x) {
+    typedef bf16 Halves __attribute__((vector_size(2 * WIDE)));
+    Halves y;
+    std::memcpy(&y, x, sizeof(y));
+    return (Floats)(__builtin_convertvector(y, Ints) << 16);
+}
+inline void save(Floats y, float* x) { std::memcpy(x, &y, sizeof(y)); }
+
+inline float sum(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+#else
+    float total = 0;
+    for (int i = 0; i < WIDE; ++i) total += x[i];
+    return total;
 #endif
 }
 
-template <int R>
-inline void dots(const bf16* q, const bf16* k, int D, float* out, int64_t gap) {
+// exp of non-positive numbers, relative error below 2e-7, denormal where exp is: 2^n times a degree-6 polynomial.
+inline Floats exponential(Floats x) {
+    x = x < -104.0f ? Floats{} - 104.0f : x;
+    Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to a whole number
+    Ints n = (Ints)shifted - 0x4b400000;
+    Floats whole = shifted - 12582912.0f;
+    Floats r = x - whole * 0.693145752f - whole * 1.42860677e-6f;
+    Floats p = Floats{} + 1.3888889e-3f;
+    for (float c : {8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+    Ints half = n >> 1;  // 2^-150 is no float, its two halves are
+    return p * (Floats)((half + 127) << 23) * (Floats)((n - half + 127) << 23);
+}
+
+// The sums of four registers.
+inline void sums(Floats a, Floats b, Floats c, Floats d, float* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    auto folded = [](Floats x) {
+        __m512d wide = _mm512_castps_pd((__m512)x);
+        return _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1)));
+    };
+#else
+    auto folded = [](Floats x) { return (__m256)x; };
+#endif
+    __m256 low = _mm256_hadd_ps(folded(a), folded(b)), high = _mm256_hadd_ps(folded(c), folded(d));
+    low = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1)));
+#else
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+
+// f(0) .. f(N - 1), the numbers known to the compiler: an array that they index can live in registers.
+template <typename F, int... I>
+__attribute__((always_inline)) inline void repeat(F&& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename F>
+__attribute__((always_inline)) inline void repeat(F&& f) {
+    repeat(f, std::make_integer_sequence<int, N>{});
+}
+
+// out[r * gap + j] = q[r] . k[j] for R rows and K keys, k_row elements apart; products and sums in float32. 16 divides D.
+template <int R, int K, typename T>
+inline void products(const T* q, const T* k, int64_t k_row, int D, float* out, int64_t gap) {
+    Floats made[K * R];
+    repeat<K * R>([&](auto i) __attribute__((always_inline)) { made[i] = Floats{}; });
+    int d = 0;
 #if defined(__AVX512BF16__)
-    if (D % 32 == 0) {
-        __m512 acc[R];
-        for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
-        for (int d = 0; d < D; d += 32) {
-            __m512bh x = (__m512bh)_mm512_loadu_si512(k + d);
-            for (int r = 0; r < R; ++r)
-                acc[r] = _mm512_dpbf16_ps(acc[r], (__m512bh)_mm512_loadu_si512(q + r * D + d), x);
+    if constexpr (sizeof(T) == 2)
+        for (; d + 32 <= D && D % 32 == 0; d += 32)
+            repeat<R>([&](auto r) __attribute__((always_inline)) {
+                __m512bh y = (__m512bh)_mm512_loadu_si512(q + r * D + d);
+                repeat<K>([&](auto j) __attribute__((always_inline)) {
+                    __m512bh x = (__m512bh)_mm512_loadu_si512(k + j * k_row + d);
+                    made[j * R + r] = (Floats)_mm512_dpbf16_ps((__m512)made[j * R + r], y, x);
+                });
+            });
+#endif
+    for (; d < D; d += WIDE)
+        repeat<R>([&](auto r) __attribute__((always_inline)) {
+            Floats y = load(q + r * D + d);
+            repeat<K>([&](auto j) __attribute__((always_inline)) { made[j * R + r] += y * load(k + j * k_row + d); });
+        });
+    repeat<R>([&](auto r) __attribute__((always_inline)) {
+        if constexpr (K == 4)
+            sums(made[r], made[R + r], made[2 * R + r], made[3 * R + r], out + r * gap);
+        else
+            repeat<K>([&](auto j) __attribute__((always_inline)) { out[r * gap + j] = sum(made[j * R + r]); });
+    });
+}
+
+// out[r * gap] = q[r] . k for R rows.
+template <int R, typename T>
+inline void dots(const T* q, const T* k, int D, float* out, int64_t gap) {
+    products<R, 1>(q, k, 0, D, out, gap);
+}
+
+inline void store(float x, float* y) { *y = x; }
+inline void store(float x, bf16* y) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *y = x != x ? 0x7fc0 : static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Rotates pair p of x, the features a = p + span * (p / span) and a + span, by the angle of cos[p], sin[p].
+template <typename T>
+void turn(const T* __restrict x, const float* __restrict cos, const float* __restrict sin, int pairs, int span,
+          T* __restrict y) {
+    if (span == 1) {
+        for (int p = 0; p < pairs; ++p) {
+            float a = widen(x[2 * p]), b = widen(x[2 * p + 1]);
+            store(a * cos[p] - b * sin[p], y + 2 * p);
+            store(b * cos[p] + a * sin[p], y + 2 * p + 1);
         }
-        for (int r = 0; r < R; ++r) out[r * gap] = _mm512_reduce_add_ps(acc[r]);
         return;
     }
-#endif
-    for (int r = 0; r < R; ++r) {
-        float sum = 0;
-        for (int d = 0; d < D; ++d) sum += widen(q[r * D + d]) * widen(k[d]);
-        out[r * gap] = sum;
-    }
+    for (int p = 0; p < pairs; p += span, x += 2 * span, y += 2 * span)
+        for (int i = 0; i < span; ++i) {
+            float a = widen(x[i]), b = widen(x[i + span]);
+            store(a * cos[p + i] - b * sin[p + i], y + i);
+            store(b * cos[p + i] + a * sin[p + i], y + i + span);
+        }
 }
 
 }  // namespace

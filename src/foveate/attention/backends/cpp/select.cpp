@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "dots.h"
@@ -18,7 +19,11 @@ constexpr float NOTHING = -INFINITY;
 
 template <typename T, int R>
 void many(const T* q, const T* k, int64_t k_row, int64_t count, int D, float* out, int64_t gap) {
-    for (int64_t j = 0; j < count; ++j) dots<R>(q, k + j * k_row, D, out + j, gap);
+    // Four keys at once, while their sums fit in registers.
+    constexpr int K = R <= (WIDE == 16 ? 6 : 3) ? 4 : 1;
+    int64_t j = 0;
+    for (; j + K <= count; j += K) products<R, K>(q, k + j * k_row, k_row, D, out + j, gap);
+    for (; j < count; ++j) dots<R>(q, k + j * k_row, D, out + j, gap);
 }
 
 // Keys k [heads], head h's from k + start[h], k_row elements apart, each with its own `rows` queries q [heads, rows, D].
@@ -54,26 +59,9 @@ void scores(const Rows<T>& given, int heads, int threads, float* out) {
 
 // --- votes
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-constexpr int LANES = 16;
-
-// exp of non-positive numbers, relative error below 2e-7, denormal where exp is: 2^n times a degree-6 polynomial.
-inline Floats exponential(Floats x) {
-    x = x < -104.0f ? Floats{} - 104.0f : x;
-    Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to a whole number
-    Ints n = (Ints)shifted - 0x4b400000;
-    Floats whole = shifted - 12582912.0f;
-    Floats r = x - whole * 0.693145752f - whole * 1.42860677e-6f;
-    Floats p = Floats{} + 1.3888889e-3f;
-    for (float c : {8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-    Ints half = n >> 1;  // 2^-150 is no float, its two halves are
-    return p * (Floats)((half + 127) << 23) * (Floats)((n - half + 127) << 23);
-}
-
 inline Floats some(const float* x, int64_t n, float rest) {
     Floats y = Floats{} + rest;
-    if (n >= LANES)
+    if (n >= WIDE)
         std::memcpy(&y, x, sizeof(y));
     else
         std::memcpy(&y, x, n * sizeof(float));
@@ -81,7 +69,7 @@ inline Floats some(const float* x, int64_t n, float rest) {
 }
 
 inline void put(Floats y, float* x, int64_t n) {
-    if (n >= LANES)
+    if (n >= WIDE)
         std::memcpy(x, &y, sizeof(y));
     else
         std::memcpy(x, &y, n * sizeof(float));
@@ -90,28 +78,28 @@ inline void put(Floats y, float* x, int64_t n) {
 // s becomes exp(scale * s - top), top being the greatest scale * s; the sum is returned. Not numbers stay such.
 float weigh(float* s, int64_t n, float scale, float* top) {
     Floats high = Floats{} + NOTHING, total{};
-    for (int64_t j = 0; j < n; j += LANES) {
+    for (int64_t j = 0; j < n; j += WIDE) {
         Floats x = some(s + j, n - j, NOTHING) * scale;
         high = x > high ? x : high;
     }
     *top = NOTHING;
-    for (int i = 0; i < LANES; ++i) *top = std::max(*top, high[i]);
+    for (int i = 0; i < WIDE; ++i) *top = std::max(*top, high[i]);
     // Where all are -inf, their difference would be no number.
     float shift = *top == NOTHING ? 0.0f : *top;
-    for (int64_t j = 0; j < n; j += LANES) {
+    for (int64_t j = 0; j < n; j += WIDE) {
         Floats w = exponential(some(s + j, n - j, NOTHING) * scale - shift);
         put(w, s + j, n - j);
         total += w;
     }
     float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += total[i];
+    for (int i = 0; i < WIDE; ++i) sum += total[i];
     return sum;
 }
 
 // out[j] = sum or greatest over rows of share[r] * weights[r][j].
 void mix(const float* weights, int64_t gap, const float* share, int64_t share_gap, int rows, bool greatest, int64_t n,
          float* out) {
-    for (int64_t j = 0; j < n; j += LANES) {
+    for (int64_t j = 0; j < n; j += WIDE) {
         Floats made{};
         for (int r = 0; r < rows; ++r) {
             Floats x = some(weights + r * gap + j, n - j, 0.0f) * share[r * share_gap];
@@ -172,11 +160,22 @@ inline uint32_t ordered(float x) {
     return x > NOTHING ? made : 0;
 }
 
+constexpr int LANES = 16;  // keys compared at once
+
 // Bit i of sixteen: whether keys[i], masked, is `wanted`, or is above it.
 inline uint32_t equal(const uint32_t* keys, uint32_t mask, uint32_t wanted) {
 #if defined(__AVX512F__)
     __m512i masked = _mm512_and_si512(_mm512_loadu_si512(keys), _mm512_set1_epi32(static_cast<int>(mask)));
     return _mm512_cmpeq_epi32_mask(masked, _mm512_set1_epi32(static_cast<int>(wanted)));
+#elif defined(__AVX2__)
+    uint32_t bits = 0;
+    for (int half = 0; half < 2; ++half) {
+        __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + 8 * half));
+        x = _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(mask)));
+        x = _mm256_cmpeq_epi32(x, _mm256_set1_epi32(static_cast<int>(wanted)));
+        bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(x))) << 8 * half;
+    }
+    return bits;
 #else
     uint32_t bits = 0;
     for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>((keys[i] & mask) == wanted) << i;
@@ -186,6 +185,17 @@ inline uint32_t equal(const uint32_t* keys, uint32_t mask, uint32_t wanted) {
 inline uint32_t above(const uint32_t* keys, uint32_t wanted) {
 #if defined(__AVX512F__)
     return _mm512_cmpgt_epu32_mask(_mm512_loadu_si512(keys), _mm512_set1_epi32(static_cast<int>(wanted)));
+#elif defined(__AVX2__)
+    // Comparisons are signed here: both sides lose half of the range.
+    const __m256i sign = _mm256_set1_epi32(INT32_MIN);
+    const __m256i least = _mm256_xor_si256(sign, _mm256_set1_epi32(static_cast<int>(wanted)));
+    uint32_t bits = 0;
+    for (int half = 0; half < 2; ++half) {
+        __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + 8 * half));
+        x = _mm256_cmpgt_epi32(_mm256_xor_si256(x, sign), least);
+        bits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(x))) << 8 * half;
+    }
+    return bits;
 #else
     uint32_t bits = 0;
     for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(keys[i] > wanted) << i;
@@ -195,7 +205,8 @@ inline uint32_t above(const uint32_t* keys, uint32_t wanted) {
 
 // What one thread needs to rank a row. Lists of keys end in zeros, so that sixteen can always be read.
 struct Ranking {
-    std::vector<uint32_t> all, same;
+    std::unique_ptr<uint32_t[]> all, same;
+    int64_t room = 0;
     uint32_t counts[4][1 << 11];
 
     // The digit of the need-th greatest of n keys; need becomes its rank among the keys of that digit.
@@ -217,12 +228,16 @@ struct Ranking {
 
     // The slots of the `count` best of one row, ascending; of equals the first. -1 beyond what can be taken.
     void best(const float* row, int64_t n, int64_t count, int64_t* out, int64_t width) {
-        all.resize(n + LANES);
-        same.resize(n + LANES);
+        if (n > room) {
+            // Not a vector: nothing is read before it is written.
+            all.reset(new uint32_t[n + LANES]);
+            same.reset(new uint32_t[n + LANES]);
+            room = n;
+        }
         for (int64_t j = 0; j < n; ++j) all[j] = ordered(row[j]);
         std::fill_n(&all[n], LANES, 0);
         int64_t need = std::max<int64_t>(0, std::min(count, n)), left = n, taken = 0;
-        const uint32_t* from = all.data();
+        const uint32_t* from = all.get();
         uint32_t least = 0, mask = 0;
         for (int shift : {21, 10, 0}) {
             uint32_t last = shift ? (1u << 11) - 1 : (1u << 10) - 1;
@@ -235,7 +250,7 @@ struct Ranking {
             // Where the prefix is 0, zeros from beyond the end were taken too.
             left = std::min(held, left);
             std::fill_n(&same[left], LANES, 0);
-            from = same.data();
+            from = same.get();
         }
         if (!least) need = 0;
         for (int64_t j = 0; j < n && taken < width; j += LANES) {
@@ -253,33 +268,6 @@ struct Ranking {
 };
 
 // --- chosen rows
-
-inline void store(float x, float* y) { *y = x; }
-inline void store(float x, bf16* y) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *y = x != x ? 0x7fc0 : static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Rotates pair p of x, the features a = p + span * (p / span) and a + span, by the angle of cos[p], sin[p].
-template <typename T>
-void turn(const T* __restrict x, const float* __restrict cos, const float* __restrict sin, int pairs, int span,
-          T* __restrict y) {
-    if (span == 1) {
-        for (int p = 0; p < pairs; ++p) {
-            float a = widen(x[2 * p]), b = widen(x[2 * p + 1]);
-            store(a * cos[p] - b * sin[p], y + 2 * p);
-            store(b * cos[p] + a * sin[p], y + 2 * p + 1);
-        }
-        return;
-    }
-    for (int p = 0; p < pairs; p += span, x += 2 * span, y += 2 * span)
-        for (int i = 0; i < span; ++i) {
-            float a = widen(x[i]), b = widen(x[i + span]);
-            store(a * cos[p + i] - b * sin[p + i], y + i);
-            store(b * cos[p + i] + a * sin[p + i], y + i + span);
-        }
-}
 
 template <typename T>
 void take(const T* x, const int64_t* start, int64_t row, int64_t limit, int heads, int sharing, const int64_t* index,

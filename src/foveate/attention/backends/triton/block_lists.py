@@ -13,11 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
-from foveate.attention.sparse_plan import SparsePlan
+from foveate.attention.backends.triton.operators import operator
+from foveate.attention.sparse_plan import SPARE_ENTRIES, SparsePlan, room_of_rows
 from foveate.errors import ShapeError
-
-# Lists whose bound is larger are counted first: one wait costs less than the memory.
-SPARE_ENTRIES = 1 << 25
 
 
 @triton.jit
@@ -99,6 +97,42 @@ def fill_kernel(CHOSEN, ROW_PTR, COL, N_FULL, ORDER, n, CHUNK: tl.constexpr):
     tl.store(ORDER + head * n + before, (head * n + i).to(tl.int32))
 
 
+def _room(pooled: Tensor, most: int) -> int:
+    """The most blocks that the lists can hold: each row those of as many columns and of as many diagonals."""
+    return pooled.shape[1] * room_of_rows(pooled.shape[2], 2 * most)
+
+
+def _like_lists(pooled: Tensor, counts: Tensor | None, count: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, bound = pooled.shape[1] * pooled.shape[2], _room(pooled, most)
+    room: int | torch.SymInt = torch.library.get_ctx().new_dynamic_size() if bound > SPARE_ENTRIES else bound
+    col, n_full, order = (pooled.new_empty(size, dtype=torch.int32) for size in (room, rows, rows))
+    return pooled.new_empty(rows + 1, dtype=torch.int64), col, n_full, order
+
+
+@operator(_like_lists)
+def _block_lists(pooled: Tensor, counts: Tensor | None, count: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row_ptr, col, n_full and order of the plan; count of all heads where there are no counts."""
+    heads, n = pooled.shape[1:]
+    rows, device = heads * n, pooled.device
+    chosen = torch.empty(pooled.shape, dtype=torch.int8, device=device)
+    listed = torch.empty(rows + 1, dtype=torch.int64, device=device)
+    choose_kernel[(runtime.cdiv(n, 32), 2 * heads)](
+        pooled, counts, chosen, n, count, TILE=32, OTHERS=128, num_warps=4
+    )  # fmt: skip
+    count_kernel[(runtime.cdiv(n, 32), heads)](chosen, listed, n, TILE=32, CHUNK=128, num_warps=4)
+    row_ptr = listed.cumsum(0)
+    room = _room(pooled, most)
+    if room > SPARE_ENTRIES:
+        room = int(row_ptr[-1])
+    col = torch.empty(room, dtype=torch.int32, device=device)
+    n_full = torch.empty(rows, dtype=torch.int32, device=device)
+    order = torch.empty(rows, dtype=torch.int32, device=device)
+    fill_kernel[(n, heads)](
+        chosen, row_ptr, col, n_full, order, n, CHUNK=min(1024, runtime.power_of_two(n, 16)), num_warps=4
+    )
+    return row_ptr, col, n_full, order
+
+
 def columns_and_diagonals(
     pooled: Tensor, counts: int | Tensor, *, most: int, batch: int, tokens: int, block: int
 ) -> SparsePlan:
@@ -106,33 +140,20 @@ def columns_and_diagonals(
 
     Args:
         pooled: float32 [2, batch * heads, n], n = ceil(tokens / block): scores of block columns, and of block diagonals
-            (the last entry is the main one).
+            (the last entry is the main one). No gradient goes through them.
         counts: how many of each are read, at least 1, at most `most`: an int, or int64 [2, batch * heads].
     Every row ends with its own block. `col` may be longer than `row_ptr[-1]`. O(heads n^2) work, O(rows + lists)
-    memory; waits for the device only where the lists' bound exceeds SPARE_ENTRIES.
+    memory; waits for the device only where the lists' bound exceeds SPARE_ENTRIES. Raises ShapeError.
     """
     n = pooled.shape[-1]
     if pooled.dim() != 3 or pooled.shape[0] != 2 or pooled.dtype != torch.float32 or n != runtime.cdiv(tokens, block):
         raise ShapeError(f"pooled {list(pooled.shape)} {pooled.dtype}, allowed: float32 [2, batch * heads, n]")
-    pooled, rows, device = pooled.contiguous(), pooled.shape[1] * n, pooled.device
-    chosen = torch.empty(pooled.shape, dtype=torch.int8, device=device)
-    listed = torch.empty(rows + 1, dtype=torch.int64, device=device)
-    given = counts.contiguous() if isinstance(counts, Tensor) else None
-    choose_kernel[(runtime.cdiv(n, 32), 2 * pooled.shape[1])](
-        pooled, given, chosen, n, 0 if isinstance(counts, Tensor) else counts, TILE=32, OTHERS=128, num_warps=4
-    )
-    count_kernel[(runtime.cdiv(n, 32), pooled.shape[1])](chosen, listed, n, TILE=32, CHUNK=128, num_warps=4)
-    row_ptr = listed.cumsum(0)
-    # A row has no more blocks than there are up to its own, and than columns and diagonals are taken.
-    width = min(n, 2 * most)
-    room = pooled.shape[1] * (width * (width + 1) // 2 + (n - width) * width)
-    if room > SPARE_ENTRIES:
-        room = int(row_ptr[-1])
-    col = torch.empty(room, dtype=torch.int32, device=device)
-    n_full = torch.empty(rows, dtype=torch.int32, device=device)
-    order = torch.empty(rows, dtype=torch.int32, device=device)
-    fill_kernel[(n, pooled.shape[1])](
-        chosen, row_ptr, col, n_full, order, n, CHUNK=min(1024, runtime.power_of_two(n, 16)), num_warps=4
-    )
+    if 2 * pooled.shape[1] > runtime.GRID_AXIS:
+        raise ShapeError(
+            f"pooled has {pooled.shape[1]} heads of all sequences, allowed: at most {runtime.GRID_AXIS // 2}; "
+            "give fewer sequences at a time"
+        )
+    given, count = (counts.contiguous(), 0) if isinstance(counts, Tensor) else (None, counts)
+    row_ptr, col, n_full, order = _block_lists(pooled.detach().contiguous(), given, count, most)
     heads = pooled.shape[1] // batch
     return SparsePlan(row_ptr, col, n_full, order, batch, heads, tokens, tokens, block, block, spare=True)

@@ -1,7 +1,9 @@
 """Launch configurations: a small shipped table, looked up by the nearest key. Nothing is tuned while running.
 
-An entry may enter only after `benchmarks/gpu_attention.py` has found it correct on the device it names; `foveate tune`
-adds entries for the user's own GPU.
+Every entry says what it rests on. Checked: compared with float64 on the GPU named. Timed: against other configurations
+there. Unchecked: no GPU result in the repository; tests run its kernel in Triton's interpreter and compile it for
+sm_90. The files named are in `benchmarks/results`, with Triton 3.6.0. `foveate tune` adds entries for the user's own
+GPU, each checked first.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ class DecodeConfig:
 
 
 # (listed: an index or a computed range is followed, log2 of the list's length, D) -> configuration.
-# D 128: the fastest correct ones of `benchmarks/gpu_attention.py` on one H100 80GB HBM3, 2026-11-24 (Triton 3.6.0,
-# bfloat16, 32 query heads over 8 KV heads). D 64 and 256: not measured yet, chosen for the same bytes per tile.
+# D 128, lists of 1024 and 4096 and all of 128k: checked and timed on an H100, the fastest (gpu_decode_topk_h100.json:
+# bfloat16, 32 query heads over 8 KV heads), and checked on an H200 (bench_gpu_h200.json). Lists of 128k: unchecked,
+# taken from dense ones. D 64 and 256: unchecked, chosen for the same bytes per tile.
 DECODE: dict[tuple[bool, int, int], DecodeConfig] = {
     (False, 17, 128): DecodeConfig(128, 4, 3, 1),
     (False, 12, 64): DecodeConfig(128, 4, 3, 2),
@@ -67,9 +70,9 @@ class TopkConfig:
     late_warps: int = 4
 
 
-# The fastest exact ones of `benchmarks/gpu_topk.py` on one H200, 2026-11-24 (Triton 3.6.0): 23.7 us for 2048 of 131072
-# float32 scores in 8 rows. Two thread blocks to a multiprocessor, but rows of up to `TOPK_LONG` scores in at most 32
-# chunks, longer ones in 64: every thread block reads the counts of all chunks of its row.
+# Checked and timed on an H200, the fastest (gpu_topk_h200.json): 24 to 27 us for 2048 of 131072 float32 scores in 8
+# rows. Two thread blocks to a multiprocessor, but rows of up to `TOPK_LONG` scores in at most 32 chunks, longer ones in
+# 64: every thread block reads the counts of all chunks of its row.
 TOPK = TopkConfig(block=4096, num_warps=8, most_chunks=32, width=1024)
 TOPK_OF_LONG = TopkConfig(block=4096, num_warps=8, most_chunks=64)
 TOPK_LONG = 262144
@@ -98,8 +101,10 @@ class BlockConfig:
 
 
 # (query rows of a plan's block, log2 of the number of keys, D) -> configuration.
-# D 128 with blocks of 128: the fastest correct ones of `benchmarks/gpu_attention.py --only prefill` on one H100 80GB
-# HBM3, 2026-11-24 (Triton 3.6.0, bfloat16, 32 query heads over 8 KV heads). Others: not measured yet.
+# D 128, blocks of 128: checked and timed on an H100, the fastest (gpu_prefill_h100.json: bfloat16, 32 query heads over
+# 8 KV heads), and checked on an H200 (gpu_attention2_h200.json). D 64, blocks of 128: checked on an H200 with sigmoid
+# weights, timed against no other (gpu_sigmoid_h200.json). D 256 and blocks of 64: no result in the repository;
+# `benchmarks/gpu_sigmoid.py --only shapes` checks blocks of 64.
 BLOCKS: dict[tuple[int, int, int], BlockConfig] = {
     (128, 17, 128): BlockConfig(128, 64, 8, 4, tma=True),
     (128, 15, 128): BlockConfig(64, 64, 4, 3, tma=True),
@@ -114,7 +119,7 @@ BLOCKS: dict[tuple[int, int, int], BlockConfig] = {
 @functools.lru_cache(maxsize=256)
 def blocks(head_dim: int, itemsize: int, block_m: int, keys: int) -> BlockConfig:
     """The entry nearest in head width, then in length, for plans whose query blocks are `block_m`."""
-    # float32 products run without tensor cores and need registers for both operands.
+    # float32 products run without tensor cores and need registers for both operands. Unchecked.
     if itemsize > 2:
         return BlockConfig(32, 32, 4, 2)
     rows, width, length = 64 if block_m % 128 else 128, math.log2(max(16, head_dim)), math.log2(max(1, keys))
@@ -133,8 +138,9 @@ class BackwardConfig:
     num_stages: int
 
 
-# D -> (gradients of queries, gradients of keys and values). D 128: the fastest correct ones of
-# `benchmarks/gpu_attention2.py --only backward` on one H200, 2026-11-24 (32k tokens, density 0.107). Others: untried.
+# D -> (gradients of queries, gradients of keys and values). D 128: checked and timed on an H200, the fastest (32k
+# tokens, density 0.107: gpu_attention2_h200.json). D 64: timed there against no other (gpu_sigmoid_h200.json), with no
+# error in the repository; `benchmarks/gpu_sigmoid.py --only shapes` checks it. D 256: unchecked.
 BACKWARD: dict[int, tuple[BackwardConfig, BackwardConfig]] = {
     64: (BackwardConfig(128, 64, 8, 3), BackwardConfig(64, 128, 8, 3)),
     128: (BackwardConfig(128, 64, 8, 3), BackwardConfig(64, 64, 4, 2)),
@@ -165,7 +171,11 @@ class ReduceConfig:
 
 @functools.lru_cache(maxsize=256)
 def reduction(head_dim: int, itemsize: int, queries: int) -> ReduceConfig:
-    """By bytes of a row and by how many queries there are. Not measured yet."""
+    """By bytes of a row and by how many queries there are.
+
+    D 128 in bfloat16: checked on an H200 with 1, 64, 8192 and 32768 queries, timed against torch but no other
+    configuration (gpu_attention2_h200.json). Other widths and float32: unchecked.
+    """
     if itemsize > 2:
         return ReduceConfig(32, 32, 32, 32, 4, 2)
     few = min(128, max(16, 1 << (max(1, queries) - 1).bit_length()))

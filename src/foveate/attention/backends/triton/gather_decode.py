@@ -13,6 +13,7 @@ Safe in a CUDA graph: nothing is read back, and every size comes from shapes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -272,6 +273,20 @@ def gather_decode(
         raise ShapeError(f"q {list(q.shape)} does not fit k {list(k.shape)} and v {list(v.shape)} with {Hkv} KV heads")
     runtime.check_floats(q=q, k=k, v=v)
     runtime.check_unit_stride(q=q, k=k, v=v)
+    launches = runtime.batches(B, Hkv)
+    if len(launches) > 1:
+        keys = {"k": k, "v": v, "log_weight": log_weight, "k_positions": k_positions}
+        batched = {"q": q, "index": index, "length": length, "q_positions": q_positions}
+        if packed:
+            # Their rows are found by `start`, whatever sequence they belong to.
+            keys = {**keys, "k": k[0, 0], "v": v[0, 0]}
+            batched["start"] = None if start is None else start.view(B, Hkv)
+        else:
+            batched, keys = batched | keys, {}
+        return _in_parts(
+            launches, batched, **keys, page_size=page_size, scale=scale, causal=causal, window=window, sinks=sinks,
+            sink=sink, softcap=softcap, num_splits=num_splits, config=config, return_lse=return_lse,
+        )  # fmt: skip
     segments, G = B * Hkv, Hq // Hkv
     placed = k_positions is not None or q_positions is not None
     if sinks and window is None:
@@ -335,6 +350,19 @@ def gather_decode(
             num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return out, lse
+
+
+def _in_parts(launches: list[slice], batched: dict[str, Tensor | None], **same: Any) -> tuple[Tensor, Tensor | None]:
+    """`gather_decode` for some sequences after others, of tensors [B or 1, ...] and of what is the same for all."""
+    outs, lses = [], []
+    for part in launches:
+        own: dict[str, Any] = {name: x if x is None else runtime.part_of(x, part) for name, x in batched.items()}
+        if own.get("start") is not None:
+            own["start"] = own["start"].flatten()
+        o, lse = gather_decode(**own, **same)
+        outs.append(o)
+        lses.append(lse)
+    return torch.cat(outs), None if lses[0] is None else torch.cat([each for each in lses if each is not None])
 
 
 def _strides(x: Tensor | None, batch: int, heads: int) -> tuple[Tensor | None, tuple[int, int]]:

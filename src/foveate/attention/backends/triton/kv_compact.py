@@ -10,6 +10,7 @@ block-sparse attention.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
+from foveate.attention.backends.triton.operators import operator
 from foveate.attention.positions import Rope
 from foveate.errors import ShapeError
 
@@ -92,6 +94,48 @@ def rows_kernel(
     _copy(V, V_OUT, stride_vb, stride_vh, stride_vn, b, h_kv, out, slot, there, live, DV, BLOCK_DV)
 
 
+def _like_rows(
+    k: Tensor, v: Tensor, index: Tensor, pos: Tensor | None, at: Tensor | None, *rope: Any
+) -> tuple[Tensor, Tensor]:
+    heads = k.shape[1] if index.shape[1] == 1 else index.shape[1]
+    shape = (k.shape[0], heads, index.shape[2])
+    return k.new_empty(*shape, k.shape[3]), v.new_empty(*shape, v.shape[3])
+
+
+@operator(_like_rows, gradients=False)
+def _kv_compact(
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    pos: Tensor | None,
+    at: Tensor | None,
+    turned: int,
+    base: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    B, Hkv, N, D = k.shape
+    DV = v.shape[3]
+    heads, count = (Hkv if index.shape[1] == 1 else index.shape[1]), index.shape[2]
+    k_out, v_out = (torch.empty(B, heads, count, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
+    rates, half = None, turned // 2
+    if turned:
+        rates = _rates(Rope(turned, base), torch.float64 if k.dtype == torch.float64 else torch.float32, k.device)
+    block_d, block_dv = runtime.power_of_two(D, 16), runtime.power_of_two(DV, 16)
+    # Turned rows take more registers.
+    block = max(8, (4096 if turned else 8192) // max(block_d, block_dv))
+    for part in runtime.batches(B, heads) if count else []:
+        own = [runtime.part_of(x, part) for x in (k, v, index, k_out, v_out)]
+        placed = (None if x is None else runtime.part_of(x, part) for x in (pos, at))
+        rows_kernel[(runtime.cdiv(count, block), (part.stop - part.start) * heads)](
+            *own, *placed, rates, *k.stride()[:3], *v.stride()[:3],
+            *_strides(index)[:2], *_strides(pos)[:2], *_strides(at),
+            N, count, HEADS=heads, SHARED=heads // Hkv, D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK=block,
+            HALF=half, BLOCK_H=runtime.power_of_two(half, 16), BLOCK_R=runtime.power_of_two(D - 2 * half, 16),
+            INTERLEAVED=interleaved, num_warps=4,
+        )  # fmt: skip
+    return k_out, v_out
+
+
 def kv_compact(
     k: Tensor,
     v: Tensor,
@@ -111,31 +155,18 @@ def kv_compact(
         at: int [B or 1, N] or [B or 1, Hkv or 1, N], where each slot's key stands, N or 1 of them; default: slot j at
             position j. For unrotated keys a single 0.
     Returns contiguous [B, H, K, D] and [B, H, K, Dv], H = Hkv where the index has one head. O(B H K D). The angle
-    (r - p) * rate is made in float32 (float64 for float64 keys): off by 2^-24 of itself.
+    (r - p) * rate is made in float32 (float64 for float64 keys): off by 2^-24 of itself. A backward pass through it
+    raises BackendError.
     """
-    B, Hkv, N, D = k.shape
-    DV = v.shape[3]
+    B, Hkv = k.shape[:2]
     fits = v.shape[:3] == k.shape[:3] and index.dim() == 3 and index.shape[0] in (1, B)
     if not fits or (index.shape[1] != 1 and index.shape[1] % Hkv):
         raise ShapeError(f"index {list(index.shape)} does not fit k {list(k.shape)} and v {list(v.shape)}")
     runtime.check_unit_stride(k=k, v=v)
     index = index if index.stride(-1) == 1 else index.contiguous()
-    heads, count = (Hkv if index.shape[1] == 1 else index.shape[1]), index.shape[2]
-    pos, at, rates = _moves(k, pos, at, rope, heads, count)
-    k_out, v_out = (torch.empty(B, heads, count, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
-    if not count:
-        return k_out, v_out
-    block_d, block_dv = runtime.power_of_two(D, 16), runtime.power_of_two(DV, 16)
-    half = 0 if rope is None else rope.dim // 2
-    # Turned rows take more registers.
-    block = max(8, (8192 if rope is None else 4096) // max(block_d, block_dv))
-    rows_kernel[(runtime.cdiv(count, block), B * heads)](
-        k, v, index, k_out, v_out, pos, at, rates, *k.stride()[:3], *v.stride()[:3],
-        *_strides(index)[:2], *_strides(pos)[:2], *_strides(at),
-        N, count, HEADS=heads, SHARED=heads // Hkv, D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK=block,
-        HALF=half, BLOCK_H=runtime.power_of_two(half, 16), BLOCK_R=runtime.power_of_two(D - 2 * half, 16),
-        INTERLEAVED=rope is not None and rope.style == "interleaved", num_warps=4,
-    )  # fmt: skip
+    pos, at = _moves(k, pos, at, rope, Hkv if index.shape[1] == 1 else index.shape[1], index.shape[2])
+    turned = (0, 1.0, False) if rope is None else (rope.dim, rope.base, rope.style == "interleaved")
+    k_out, v_out = _kv_compact(k, v, index, pos, at, *turned)
     return k_out, v_out
 
 
@@ -149,13 +180,13 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
 
 def _moves(
     k: Tensor, pos: Tensor | None, at: Tensor | None, rope: Rope | None, heads: int, count: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """pos and at as [., ., .], and the rope's rates; all None without a rope."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """pos and at as [., ., .]; None without a rope."""
     B, Hkv, N, D = k.shape
     if (rope is None) != (pos is None) or (rope is None and at is not None):
         raise ShapeError("kv_compact moves keys with both rope and pos (and at), allowed: both or none of them")
     if rope is None or pos is None:
-        return None, None, None
+        return None, None
     if not k.is_floating_point() or rope.dim % 2 or not 0 < rope.dim <= D:
         raise ShapeError(f"rope.dim={rope.dim} of {k.dtype} keys, allowed: even, at most {D}, floating-point keys")
     if rope.style not in ("half", "interleaved"):
@@ -170,9 +201,7 @@ def _moves(
             raise ShapeError(
                 f"{name} {list(x.shape)} {x.dtype}, allowed: int32 or int64 [{B} or 1, {own} or 1, {sizes[-1]}]"
             )
-    pos = pos if pos.stride(-1) == 1 else pos.contiguous()
-    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    return pos, at, _rates(rope, dtype, k.device)
+    return (pos if pos.stride(-1) == 1 else pos.contiguous()), at
 
 
 @functools.lru_cache(maxsize=32)

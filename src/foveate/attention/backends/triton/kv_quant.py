@@ -10,12 +10,15 @@ bits + 1/2 bits each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
+from foveate.attention.backends.triton.operators import operator
 from foveate.errors import ShapeError
 
 
@@ -95,19 +98,29 @@ def _view(n: int, d: int, lists: int, bits: int, group: int, dim: int) -> tuple[
     return lists * n, d, {"T": max(least, 4096 // channels), "C": channels}
 
 
-def kv_encode(x: Tensor, *, bits: int, group: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and leasts of x [B, H, N, D] (float32, bfloat16, float16), in groups along dim (2 or 3).
-
-    group: a power of two; it and the 32 / bits codes of a word must divide N (dim 2) or D (dim 3).
-    Returns int32 codes, [B, H, N bits / 32, D] or [B, H, N, D bits / 32], and scales and leasts in x's dtype,
-    [B, H, N / group, D] or [B, H, N, D / group].
-    """
-    runtime.check_floats(x=x)
-    B, H, N, D = x.shape
-    entries, width, tile = _view(N, D, B * H, bits, group, dim)
-    sizes = [B, H, N, D]
+def _coded(sizes: Sequence[int], bits: int, group: int, dim: int) -> tuple[list[int], list[int]]:
+    """Sizes of the codes and of the scales of [B, H, N, D]."""
     words, groups = list(sizes), list(sizes)
     words[dim], groups[dim] = sizes[dim] * bits // 32, sizes[dim] // group
+    return words, groups
+
+
+def _decoded(words: Sequence[int], bits: int, dim: int) -> list[int]:
+    sizes = list(words)
+    sizes[dim] = sizes[dim] * 32 // bits
+    return sizes
+
+
+def _like_codes(x: Tensor, bits: int, group: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    words, groups = _coded(x.shape, bits, group, dim)
+    return x.new_empty(words, dtype=torch.int32), x.new_empty(groups), x.new_empty(groups)
+
+
+@operator(_like_codes, gradients=False)
+def _kv_encode(x: Tensor, bits: int, group: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, D = x.shape
+    entries, width, tile = _view(N, D, B * H, bits, group, dim)
+    words, groups = _coded(x.shape, bits, group, dim)
     code = torch.empty(words, dtype=torch.int32, device=x.device)
     scale, least = (torch.empty(groups, dtype=x.dtype, device=x.device) for _ in range(2))
     if x.numel():
@@ -117,20 +130,44 @@ def kv_encode(x: Tensor, *, bits: int, group: int, dim: int) -> tuple[Tensor, Te
     return code, scale, least
 
 
-def kv_decode(code: Tensor, scale: Tensor, least: Tensor, *, bits: int, group: int, dim: int) -> Tensor:
-    """The numbers back from what `kv_encode` returned: [B, H, N, D] in the dtype of the scales."""
-    sizes = list(code.shape)
-    sizes[dim] = sizes[dim] * 32 // bits
-    B, H, N, D = sizes
+def kv_encode(x: Tensor, *, bits: int, group: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and leasts of x [B, H, N, D] (float32, bfloat16, float16), in groups along dim (2 or 3).
+
+    group: a power of two; it and the 32 / bits codes of a word must divide N (dim 2) or D (dim 3).
+    Returns int32 codes, [B, H, N bits / 32, D] or [B, H, N, D bits / 32], and scales and leasts in x's dtype,
+    [B, H, N / group, D] or [B, H, N, D / group]. A backward pass through it raises BackendError.
+    """
+    runtime.check_floats(x=x)
+    B, H, N, D = x.shape
+    _view(N, D, B * H, bits, group, dim)
+    code, scale, least = _kv_encode(x, bits, group, dim)
+    return code, scale, least
+
+
+def _like_numbers(code: Tensor, scale: Tensor, least: Tensor, bits: int, group: int, dim: int) -> Tensor:
+    return scale.new_empty(_decoded(code.shape, bits, dim))
+
+
+@operator(_like_numbers, gradients=False)
+def _kv_decode(code: Tensor, scale: Tensor, least: Tensor, bits: int, group: int, dim: int) -> Tensor:
+    B, H, N, D = sizes = _decoded(code.shape, bits, dim)
     entries, width, tile = _view(N, D, B * H, bits, group, dim)
-    wanted = list(sizes)
-    wanted[dim] //= group
-    if list(scale.shape) != wanted or list(least.shape) != wanted:
-        raise ShapeError(f"scales {list(scale.shape)} and leasts {list(least.shape)}, allowed: {wanted}")
     x = torch.empty(sizes, dtype=scale.dtype, device=code.device)
     if x.numel():
         decode_kernel[(runtime.cdiv(entries, tile["T"]), runtime.cdiv(width, tile["C"]))](
             code.contiguous(), scale.contiguous(), least.contiguous(), x, entries, width,
             BITS=bits, GROUP=group, **tile, num_warps=4,
         )  # fmt: skip
+    return x
+
+
+def kv_decode(code: Tensor, scale: Tensor, least: Tensor, *, bits: int, group: int, dim: int) -> Tensor:
+    """The numbers back from what `kv_encode` returned: [B, H, N, D] in the dtype of the scales."""
+    B, H, N, D = sizes = _decoded(code.shape, bits, dim)
+    _view(N, D, B * H, bits, group, dim)
+    wanted = list(sizes)
+    wanted[dim] //= group
+    if list(scale.shape) != wanted or list(least.shape) != wanted:
+        raise ShapeError(f"scales {list(scale.shape)} and leasts {list(least.shape)}, allowed: {wanted}")
+    x: Tensor = _kv_decode(code, scale, least, bits, group, dim)
     return x

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveate.attention.backends.triton import configs, runtime
+from foveate.attention.backends.triton import availability, configs, runtime
 from foveate.attention.backends.triton.block_flash import products
+from foveate.attention.backends.triton.operators import operator
 from foveate.attention.backends.triton.score_reduce import lse_kernel
 from foveate.errors import ShapeError
 
@@ -91,10 +92,11 @@ def why_not(last: Tensor, k: Tensor) -> str | None:
     m, D = last.shape[2:]
     if m not in BLOCKS or m > k.shape[2]:
         return f"m = {m} last queries of N = {k.shape[2]}, allowed: {BLOCKS}, at most N"
-    if last.dtype not in runtime.FLOATS or last.dtype != k.dtype:
-        return f"queries {last.dtype} and keys {k.dtype}, allowed: one of float32, bfloat16, float16 for both"
-    if k.is_cuda and torch.cuda.get_device_capability(k.device)[0] < 8:
-        return "the kernels need compute capability 8.0 or later"
+    reason = availability.why_not_dtypes(last, k)
+    if reason is None and k.is_cuda:
+        reason = availability.why_not_device(k)
+    if reason is not None:
+        return reason
     if k.is_cuda and k.dtype == torch.float32:
         return "exact float32 products have no tensor cores, and tiles of this size do not fit in registers without"
     if last.stride(-1) != 1 or k.stride(-1) != 1:
@@ -104,6 +106,43 @@ def why_not(last: Tensor, k: Tensor) -> str | None:
     return None
 
 
+def _tile(m: int, pooled: bool) -> tuple[int, int]:
+    """Keys of a tile, and numbers stored for each."""
+    tile = m if pooled else min(m, TOKEN_TILE)
+    return tile, 1 if pooled else tile
+
+
+def _like_masses(last: Tensor, k: Tensor, scale: float, pooled: bool) -> Tensor:
+    tile, width = _tile(int(last.shape[2]), pooled)
+    N = k.shape[2]
+    whole = last.new_empty(2, *last.shape[:2], runtime.cdiv(N, tile) * width, dtype=torch.float32)
+    return whole if pooled else whole[..., :N]
+
+
+@operator(_like_masses, gradients=False)
+def _last_queries_mass(last: Tensor, k: Tensor, scale: float, pooled: bool) -> Tensor:
+    parts = [
+        _masses(runtime.part_of(last, part), runtime.part_of(k, part), scale, pooled)
+        for part in runtime.batches(last.shape[0], k.shape[1])
+    ]
+    mass = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return mass if pooled else mass[..., : k.shape[2]]
+
+
+def _masses(last: Tensor, k: Tensor, scale: float, pooled: bool) -> Tensor:
+    """[2, B, Hq, whole tiles] of a batch whose heads fit in one launch."""
+    B, Hq, m, _ = last.shape
+    tile, width = _tile(m, pooled)
+    tiles = runtime.cdiv(k.shape[2], tile)
+    parts = torch.empty(2 + m // tile, B, Hq, tiles * width, dtype=torch.float32, device=k.device)
+    if parts.numel():
+        _launch(last, k, scale, pooled, tile, parts)
+        # Diagonals after the last tile lie in the future.
+        for step in range(1, m // tile + 1):
+            parts[1, ..., step * width :].add_(parts[1 + step, ..., : -step * width])
+    return parts[:2]
+
+
 def column_and_diagonal_mass(last: Tensor, k: Tensor, *, scale: float, pooled: bool = False) -> Tensor:
     """Mean weight of the last queries on each key, and along each diagonal: [2, B, Hq, N] float32.
 
@@ -111,25 +150,17 @@ def column_and_diagonal_mass(last: Tensor, k: Tensor, *, scale: float, pooled: b
         last: [B, Hq, m, D], the last m of N queries, m a power of two from 16 to 128.    k: [B, Hkv, N, D].
         pooled: sums of both over blocks of m instead: [2, B, Hq, ceil(N / m)].
     Raises:
-        ShapeError for what `why_not` names.
+        ShapeError for what `why_not` names; BackendError where a backward pass goes through it.
     O(m N D) time per head, O(N) memory; three launches where pooled, four where not.
     """
-    B, Hq, m, D = last.shape
-    H, N = k.shape[1], k.shape[2]
-    if k.dim() != 4 or k.shape[0] != B or k.shape[3] != D or Hq % H:
+    B, Hq, _, D = last.shape
+    if k.dim() != 4 or k.shape[0] != B or k.shape[3] != D or Hq % k.shape[1]:
         raise ShapeError(f"queries {list(last.shape)} do not fit keys {list(k.shape)}")
     reason = why_not(last, k)
     if reason is not None:
         raise ShapeError(reason)
-    tile = m if pooled else min(m, TOKEN_TILE)
-    width = 1 if pooled else tile
-    parts = torch.empty(2 + m // tile, B, Hq, runtime.cdiv(N, tile) * width, dtype=torch.float32, device=k.device)
-    if parts.numel():
-        _launch(last, k, scale, pooled, tile, parts)
-        # Diagonals after the last tile lie in the future.
-        for step in range(1, m // tile + 1):
-            parts[1, ..., step * width :].add_(parts[1 + step, ..., : -step * width])
-    return parts[:2] if pooled else parts[:2, ..., :N]
+    mass: Tensor = _last_queries_mass(last, k, scale, pooled)
+    return mass
 
 
 def _launch(last: Tensor, k: Tensor, scale: float, pooled: bool, tile: int, parts: Tensor) -> None:

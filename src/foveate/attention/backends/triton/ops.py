@@ -11,7 +11,6 @@ The functions here take what the launchers take and call the operators, which im
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,26 +20,11 @@ from foveate.attention.backends.triton import block_flash as forward
 from foveate.attention.backends.triton import block_flash_bwd as backward
 from foveate.attention.backends.triton import gather_decode as decoding
 from foveate.attention.backends.triton.merge import merge_lse
+from foveate.attention.backends.triton.operators import LIBRARY, operator
 from foveate.attention.backends.triton.stripes import Stripes, stripes
 from foveate.attention.backends.triton.topk import topk_select
 from foveate.attention.sparse_plan import ByKeys, SparsePlan
 from foveate.errors import BackendError, PlanError
-
-_LIBRARY = torch.library.Library("foveate", "FRAGMENT")
-
-
-def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a launcher under its name without the underscore, for CUDA and, where Triton interprets, the CPU."""
-
-    def register(launch: Callable[..., Any]) -> Any:
-        name = launch.__name__.strip("_")
-        _LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()))
-        for key in ("CUDA", "CPU"):
-            _LIBRARY.impl(name, launch, key)
-        torch.library.register_fake(f"foveate::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.foveate, name).default
-
-    return register
 
 
 def _like_attention(q: Tensor, width: int | torch.SymInt) -> tuple[Tensor, Tensor]:
@@ -55,7 +39,7 @@ def _like_block_flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any, bias: float |
     return o, lse if softmax else lse[:, :, :0].contiguous()
 
 
-@_operator(_like_block_flash)
+@operator(_like_block_flash)
 def _block_flash(
     q: Tensor,
     k: Tensor,
@@ -104,7 +88,7 @@ def _like_inputs(
     return dq, dk, dv, lse.new_empty(lse.shape)
 
 
-@_operator(_like_inputs)
+@operator(_like_inputs)
 def _block_flash_gradients(
     do: Tensor,
     dlse: Tensor,
@@ -165,7 +149,7 @@ def _block_flash_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | 
 
 
 torch.library.register_autograd(
-    "foveate::block_flash", _block_flash_backward, setup_context=_save_block_flash, lib=_LIBRARY
+    "foveate::block_flash", _block_flash_backward, setup_context=_save_block_flash, lib=LIBRARY
 )
 
 
@@ -205,7 +189,7 @@ def block_flash(
     return o, lse if bias is None else None
 
 
-@_operator(lambda q, k, v, *rest, **named: _like_attention(q, v.shape[-1]))
+@operator(lambda q, k, v, *rest, **named: _like_attention(q, v.shape[-1]), gradients=False)
 def _gather_decode(
     q: Tensor,
     k: Tensor,
@@ -248,13 +232,6 @@ def _gather_decode(
     return o, lse
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> Any:
-    raise BackendError("gather_decode has no gradients; use backend='torch' where you need them")
-
-
-torch.library.register_autograd("foveate::gather_decode", _refuse, lib=_LIBRARY)
-
-
 def gather_decode(
     q: Tensor,
     k: Tensor,
@@ -283,7 +260,7 @@ def gather_decode(
     return o, lse
 
 
-@_operator(lambda scores, k, length: scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32))
+@operator(lambda scores, k, length: scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32))
 def _topk(scores: Tensor, k: int, length: Tensor | None) -> Tensor:
     return topk_select(scores, k, length=length)
 
@@ -294,7 +271,7 @@ def topk(scores: Tensor, k: int, *, length: Tensor | None = None) -> Tensor:
     return positions
 
 
-@_operator(lambda outputs, lses: (outputs.new_empty(outputs.shape[1:]), lses.new_empty(lses.shape[1:])))
+@operator(lambda outputs, lses: (outputs.new_empty(outputs.shape[1:]), lses.new_empty(lses.shape[1:])))
 def _merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return merge_lse(outputs, lses)
 
@@ -312,7 +289,7 @@ def _merge_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]
     return (share * do).to(outputs.dtype), share[..., 0] * (along + dlse)
 
 
-torch.library.register_autograd("foveate::merge", _merge_backward, setup_context=_save_merge, lib=_LIBRARY)
+torch.library.register_autograd("foveate::merge", _merge_backward, setup_context=_save_merge, lib=LIBRARY)
 
 
 def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,23 +11,24 @@ import functools
 import torch
 from torch import Tensor
 
+from foveate.attention.backends.triton import availability
 from foveate.attention.call import Call
 from foveate.attention.plan import Blocks, Dense, Plan, Tokens, VerticalSlash, Window
-from foveate.attention.sparse_plan import SparsePlan, csr_from_mask, made_once
+from foveate.attention.sparse_plan import SparsePlan, made_once
 
 MAX_QUERIES = 16
 MAX_WIDTH = 256
 # Queries and keys of a block where a dense prompt is a plan of blocks.
 DENSE_BLOCK = 128
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(call: Call) -> str | None:
     q, k, v = call.q, call.k, call.v
-    if q.device.type == "cuda" and not _tensor_cores(q.device.index):
-        return "the kernels need compute capability 8.0 or later"
-    if q.dtype not in DTYPES:
-        return f"the kernels read float32, bfloat16 and float16, not {q.dtype}"
+    # On the CPU, which the dispatcher has refused by now, Triton's interpreter runs them.
+    reason = availability.why_not_device(q) if q.is_cuda else None
+    reason = reason or availability.why_not_dtypes(q)
+    if reason is not None:
+        return reason
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"the kernels hold heads of at most {MAX_WIDTH} features, not {max(q.shape[-1], v.shape[-1])}"
     if _learns(call) and not isinstance(call.plan, Blocks) and not _dense_prompt(call):
@@ -45,13 +46,7 @@ def _dense_prompt(call: Call) -> bool:
 
 
 def _learns(call: Call) -> bool:
-    inputs = (call.q, call.k, call.v, call.sink, call.log_weight)
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
-
-
-@functools.lru_cache(maxsize=16)
-def _tensor_cores(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index)[0] >= 8
+    return availability.learns(call.q, call.k, call.v, call.sink, call.log_weight)
 
 
 def _why_not_decode(call: Call) -> str | None:
@@ -132,10 +127,18 @@ def every_block(m: int, n: int, causal: bool, device: torch.device) -> SparsePla
     """All blocks of DENSE_BLOCK keys that a block of as many queries sees, the queries being the last M of N keys."""
     # Kept over calls, so that it must serve training even where inference made it.
     with torch.inference_mode(False):
-        first = torch.arange(0, n, DENSE_BLOCK, device=device)
-        last = (torch.arange(0, m, DENSE_BLOCK, device=device) + DENSE_BLOCK).clamp(max=m) - 1 + (n - m)
-        seen = first <= (last[:, None] if causal else last[-1:, None].expand(last.numel(), 1))
-        return csr_from_mask(seen[None, None], m=m, n=n, block_m=DENSE_BLOCK, block_n=DENSE_BLOCK)
+        rows = -(-m // DENSE_BLOCK)
+        # Known here too, so that nothing waits for the device.
+        ends = [min((row + 1) * DENSE_BLOCK, m) + (n - m) if causal else n for row in range(rows)]
+        blocks = sum(-(-end // DENSE_BLOCK) for end in ends)
+        last = (torch.arange(rows, device=device) + 1).mul_(DENSE_BLOCK).clamp_(max=m) + (n - m)
+        counts = -(-(last if causal else torch.full_like(last, n)) // DENSE_BLOCK)
+        row_ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        row = torch.repeat_interleave(torch.arange(rows, device=device), counts, output_size=blocks)
+        col = (torch.arange(row.numel(), device=device) - row_ptr[row]).to(torch.int32)
+        return SparsePlan.from_csr(
+            row_ptr, col, batch=1, heads=1, m=m, n=n, block_m=DENSE_BLOCK, block_n=DENSE_BLOCK
+        )  # fmt: skip
 
 
 def lowered(plan: Blocks | VerticalSlash, m: int, n: int) -> SparsePlan:
@@ -143,7 +146,7 @@ def lowered(plan: Blocks | VerticalSlash, m: int, n: int) -> SparsePlan:
     if isinstance(plan, VerticalSlash):
 
         def diagonals() -> SparsePlan:
-            return SparsePlan.from_diagonals(plan.slash, n=n, block=plan.block).with_columns(plan.vertical)
+            return SparsePlan.from_diagonals(plan.slash, n=n, block=plan.block, spare=True).with_columns(plan.vertical)
 
         return made_once(plan, ("lowered", m, n), diagonals, plan.slash, plan.vertical)
     return plan.lowered(m, n)

@@ -83,11 +83,14 @@ def recurrent_step(
         g_strides = (0, g.stride(0)) if g.dim() == 1 else (g.stride(0), g.stride(2))
     b_strides = (0, 0) if beta is None else (beta.stride(0), beta.stride(2))
     block_v = 32 if B * HV * runtime.cdiv(DV, 32) >= runtime.multiprocessors(q.device.index) else 16
-    step_kernel[(runtime.cdiv(DV, block_v), HV, B)](
-        q, k, v, g, beta, state, out, after,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), *g_strides, *b_strides,
-        scale, eps, HV,
-        GROUP=HV // q.shape[2], DK=DK, DV=DV, BLOCK_K=runtime.power_of_two(DK, 16), BLOCK_V=block_v,
-        DECAY=decay, NORM=qk_l2norm, SUM=normalize, num_warps=4,
-    )  # fmt: skip
+    for part in runtime.batches(B, 1):
+        own_g = g if g is None or g.dim() == 1 else runtime.part_of(g, part)
+        tensors = (None if x is None else runtime.part_of(x, part) for x in (beta, state, out, after))
+        step_kernel[(runtime.cdiv(DV, block_v), HV, part.stop - part.start)](
+            *(runtime.part_of(x, part) for x in (q, k, v)), own_g, *tensors,
+            q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), *g_strides, *b_strides,
+            scale, eps, HV,
+            GROUP=HV // q.shape[2], DK=DK, DV=DV, BLOCK_K=runtime.power_of_two(DK, 16), BLOCK_V=block_v,
+            DECAY=decay, NORM=qk_l2norm, SUM=normalize, num_warps=4,
+        )  # fmt: skip
     return out, after

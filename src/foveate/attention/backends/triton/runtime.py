@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from typing import overload
 
 import torch
 import triton
 from torch import Tensor
 
+from foveate.attention.backends.triton.availability import FLOATS as FLOATS
 from foveate.errors import ShapeError
 
 LOG2E = 1.4426950408889634
 INTERPRET: bool = triton.knobs.runtime.interpret
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Thread blocks along a grid's second and third axis, at most; along its first, 2^31 - 1.
+GRID_AXIS = 65535
 
 
 @functools.lru_cache(maxsize=16)
@@ -46,6 +49,23 @@ def cdiv(a: int, b: int) -> int:
 
 def power_of_two(x: int, least: int = 1) -> int:
     return max(least, 1 << (x - 1).bit_length()) if x > 0 else least
+
+
+def batches(sequences: int, heads: int) -> list[slice]:
+    """A batch cut so that the heads of each part fit on a grid's second or third axis; one part where all do."""
+    step = GRID_AXIS // heads
+    if not step:
+        raise ShapeError(f"{heads} heads of a sequence, allowed: at most {GRID_AXIS}, a limit of CUDA's grids")
+    return [slice(first, min(first + step, sequences)) for first in range(0, max(1, sequences), step)]
+
+
+@overload
+def part_of(x: Tensor, part: slice) -> Tensor: ...
+@overload
+def part_of(x: None, part: slice) -> None: ...
+def part_of(x: Tensor | None, part: slice) -> Tensor | None:
+    """The sequences `part` of x [B, ...]; all of it where one entry serves every sequence."""
+    return x if x is None or x.shape[0] in (1, part.stop - part.start) else x[part]
 
 
 def check_unit_stride(**tensors: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,7 @@ from foveate.attention.backends.triton.scan_parts import (
     cumulative_kernel,
     gate_gradient_kernel,
 )
+from foveate.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,7 @@ class Cut:
 
     total: tokens of all sequences. tokens: of one sequence, when all are equal.
     pieces, per_sequence: how many, in all and per sequence.
-    table: [pieces, 4] int64 as `scan_parts.bounds` reads it, first: [N + 1] int64, each sequence's first piece;
-    for packed sequences only.
+    offsets: of packed sequences only, whose tables kernels read.
     """
 
     sequences: int
@@ -38,13 +39,23 @@ class Cut:
     length: int
     pieces: int
     per_sequence: int
-    table: Tensor | None = None
-    first: Tensor | None = None
+    device: torch.device
+    offsets: tuple[int, ...] | None = None
+
+    @property
+    def table(self) -> Tensor | None:
+        """[pieces, 4] int64 as `scan_parts.bounds` reads it, for packed sequences."""
+        return None if self.offsets is None else _tables(self.offsets, self.length, self.device)[0]
+
+    @property
+    def first(self) -> Tensor | None:
+        """[N + 1] int64, each sequence's first piece, for packed sequences."""
+        return None if self.offsets is None else _tables(self.offsets, self.length, self.device)[1]
 
     @property
     def split(self) -> bool:
         """Whether some sequence has several pieces."""
-        return self.pieces > self.sequences if self.table is None else self.per_sequence > 1
+        return self.pieces > self.sequences if self.offsets is None else self.per_sequence > 1
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -81,33 +92,50 @@ class Cut:
             size = min(size, max(1, longest // chunk) * chunk)
         if offsets is None:
             per_sequence = runtime.cdiv(tokens, size)
-            return cls(batch, batch * tokens, tokens, size, batch * per_sequence, per_sequence)
-        rows: list[tuple[int, int, int, int]] = []
-        first = [0]
-        for n, (begin, end) in enumerate(pairwise(offsets)):
-            for at in range(begin, end, size):
-                rows.append((n, at, min(at + size, end), (at == begin) + 2 * (at + size >= end)))
-            first.append(len(rows))
-        table = torch.tensor(rows, dtype=torch.int64).to(device)
-        per_sequence = runtime.cdiv(most, size)
-        return cls(
-            len(lengths), tokens, tokens, size, len(rows), per_sequence, table, torch.tensor(first).to(device)
-        )  # fmt: skip
+            cut = cls(batch, batch * tokens, tokens, size, batch * per_sequence, per_sequence, device)
+        else:
+            pieces = sum(runtime.cdiv(each, size) for each in lengths)
+            per_sequence = runtime.cdiv(most, size)
+            cut = cls(len(lengths), tokens, tokens, size, pieces, per_sequence, device, tuple(offsets))
+        if max(cut.pieces, cut.sequences) > runtime.GRID_AXIS:
+            raise ShapeError(
+                f"{cut.sequences} sequences in {cut.pieces} pieces, allowed: at most {runtime.GRID_AXIS} of both, "
+                "a limit of CUDA's grids; give fewer sequences at a time"
+            )
+        return cut
 
     def by_piece(self, x: Tensor) -> Tensor:
         """Rows [N, ...] of sequences as rows of their pieces, where none is split."""
-        return x if self.table is None else x[self.table[:, 0]]
+        table = self.table
+        return x if table is None else x[table[:, 0]]
 
     def after(self, states: Tensor, final: Tensor) -> Tensor:
         """The state after each piece [pieces, ...], from those before the pieces and those after the sequences."""
         following = torch.cat([states[1:], states[:1]])
-        if self.table is None:
+        if self.offsets is None:
             last = torch.arange(self.sequences, device=states.device) * self.per_sequence + (self.per_sequence - 1)
             following[last] = final
             return following
-        ends = (self.table[:, 3] >= 2).nonzero().flatten()
-        following[ends] = final[self.table[ends, 0]]
+        _, _, ends, sequence = _tables(self.offsets, self.length, self.device)
+        following[ends] = final[sequence]
         return following
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(offsets: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Cut.table`, `Cut.first`, the pieces that end a sequence, and whose. Kept: a copy to the device waits for it."""
+    rows: list[tuple[int, int, int, int]] = []
+    first = [0]
+    for n, (begin, end) in enumerate(pairwise(offsets)):
+        for at in range(begin, end, size):
+            rows.append((n, at, min(at + size, end), (at == begin) + 2 * (at + size >= end)))
+        first.append(len(rows))
+    ends = [(piece, row[0]) for piece, row in enumerate(rows) if row[3] >= 2]
+    # Kept over calls, so that they must serve training even where inference made them.
+    with torch.inference_mode(False):
+        table = torch.tensor(rows, dtype=torch.int64).view(len(rows), 4).to(device)
+        last = torch.tensor(ends, dtype=torch.int64).view(len(ends), 2).to(device)
+        return table, torch.tensor(first).to(device), last[:, 0].contiguous(), last[:, 1].contiguous()
 
 
 def kind_of(g: Tensor | None) -> int:

@@ -2,7 +2,7 @@
 
     foveate::linear_scan     q, k, v, g -> o, final state          none, fixed, scalar and vector decay
     foveate::delta_scan      q, k, v, beta, g -> o, final state    none, fixed and scalar decay
-    foveate::linear_step     one token; no gradients
+    foveate::linear_step     one token                     none, fixed, scalar and vector decay; a backward pass raises
 
 Shapes as in `foveate.attention.linear.linear_scan`; states are float32; `offsets` are cu_seqlens as integers. Further
 outputs are what the backward pass needs (empty where it needs nothing) and carry no gradient; nor do gradients of
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foveate.attention.backends.triton import scan_configs
 from foveate.attention.backends.triton.delta_launch import Kept, delta_backward, delta_forward
+from foveate.attention.backends.triton.operators import refusal
 from foveate.attention.backends.triton.recurrent_step import recurrent_step
 from foveate.attention.backends.triton.scan_chunk_backward import LONGEST, scan_backward, scan_forward
 from foveate.attention.backends.triton.scan_launch import Cut
@@ -192,3 +193,6 @@ def linear_step(
 def _(q, k, v, g, beta, state, scale, normalize, eps, qk_l2norm):  # type: ignore[no-untyped-def]
     B, _, HV, V = v.shape
     return q.new_empty(v.shape), q.new_empty(B, HV, q.shape[3], V + normalize, dtype=torch.float32)
+
+
+linear_step.register_autograd(refusal("linear_step"))

@@ -10,6 +10,8 @@ the last of N unless their positions are given.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from foveate.attention.backends.triton import configs, runtime
 from foveate.attention.backends.triton.block_flash import products
+from foveate.attention.backends.triton.operators import operator
 from foveate.errors import ShapeError
 
 
@@ -150,17 +153,23 @@ def block_kernel(
     m, n, tiles, block_m, window, scale, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, SHARE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, Hq, query blocks, key tiles]: mean weight; grid (shares of key tiles x heads of a group, query blocks,
-    B * Hkv).
+    B * Hkv), with ROWS_FIRST (query blocks x heads of a group, shares, B * Hkv).
 
     A query block of block_m <= BLOCK_M queries.
     """
+    if ROWS_FIRST:
+        row, rows = tl.program_id(0) // (HQ // HKV), tl.num_programs(0) // (HQ // HKV)
+        share = tl.program_id(1)
+    else:
+        row, rows = tl.program_id(1), tl.num_programs(1)
+        share = tl.program_id(0) // (HQ // HKV)
     b, h_kv, head = _head(HQ, HKV, 2)
     h = head - b * HQ
     within = tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * block_m + within
+    r = row * block_m + within
     live = (within < block_m) & (r < m)
     q_pos = tl.where(live, _positions(QPOS, b, r, m, n), -1)
     d = tl.arange(0, BLOCK_D)
@@ -170,8 +179,8 @@ def block_kernel(
     k_at = K + b * stride_kb + h_kv * stride_kh
     lo, hi = _key_range(q_pos, n, window, BLOCK_N, CAUSAL, WINDOW)
     count = tl.sum(live.to(tl.float32), 0)
-    out = OUT + (head * tl.num_programs(1) + tl.program_id(1)) * tiles
-    first = tl.program_id(0) // (HQ // HKV) * SHARE
+    out = OUT + (head * rows + row) * tiles
+    first = share * SHARE
     begin = tl.maximum(first, lo // BLOCK_N)
     end = tl.minimum(first + SHARE, tl.cdiv(hi, BLOCK_N))
     unseen = first + tl.arange(0, SHARE)
@@ -186,23 +195,70 @@ def block_kernel(
         tl.store(out + tile, tl.sum(tl.sum(weights, 1), 0) / count)
 
 
-def _common(
-    q: Tensor, k: Tensor, q_positions: Tensor | None, causal: bool, window: int | None
-) -> tuple[tuple[int, ...], dict[str, object], Tensor | None]:
+def _check(q: Tensor, k: Tensor, q_positions: Tensor | None) -> None:
     B, Hq, M, D = q.shape
     if k.dim() != 4 or k.shape[0] != B or k.shape[3] != D or Hq % k.shape[1]:
         raise ShapeError(f"q {list(q.shape)} does not fit k {list(k.shape)}")
-    if q_positions is not None:
-        if q_positions.shape[1:] != (M,) or q_positions.shape[0] not in (1, B):
-            raise ShapeError(f"q_positions {list(q_positions.shape)}, allowed: [{B} or 1, {M}]")
-        q_positions = q_positions.expand(B, M).contiguous()
+    if q_positions is not None and (q_positions.shape[1:] != (M,) or q_positions.shape[0] not in (1, B)):
+        raise ShapeError(f"q_positions {list(q_positions.shape)}, allowed: [{B} or 1, {M}]")
     runtime.check_floats(q=q, k=k)
     runtime.check_unit_stride(q=q, k=k)
+
+
+def _common(
+    q: Tensor, k: Tensor, q_positions: Tensor | None, causal: bool, window: int | None
+) -> tuple[tuple[int, ...], dict[str, object], Tensor | None]:
+    """Strides, constants and positions [B, M] for the kernels."""
+    B, Hq, M, D = q.shape
+    if q_positions is not None:
+        q_positions = q_positions.expand(B, M).contiguous()
     shape: dict[str, object] = {
         "HQ": Hq, "HKV": k.shape[1], "D": D, "BLOCK_D": runtime.power_of_two(D, 16), "CAUSAL": causal,
         "WINDOW": window is not None, "PRECISION": runtime.dot_precision(q.dtype), "UPCAST": runtime.upcast(q.dtype),
     }  # fmt: skip
     return (*q.stride()[:3], *k.stride()[:3]), shape, q_positions
+
+
+def _like_rows(
+    q: Tensor, k: Tensor, q_positions: Tensor | None, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _row_sums(
+    q: Tensor, k: Tensor, q_positions: Tensor | None, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    """`log_sum_exp` of a batch whose heads fit in one launch."""
+    strides, shape, q_positions = _common(q, k, q_positions, causal, window)
+    (B, Hq, M, D), N = q.shape, k.shape[2]
+    config = configs.reduction(D, q.element_size(), M)
+    row_tiles, tiles = runtime.cdiv(M, config.block_m), runtime.cdiv(N, config.block_n)
+    splits = max(1, min(tiles, 2 * runtime.multiprocessors(q.device.index) // max(1, row_tiles * B * Hq)))
+    lse = torch.empty(splits, B, Hq, M, dtype=torch.float32, device=q.device)
+    if lse.numel():
+        lse_kernel[(row_tiles * Hq // k.shape[1], splits, B * k.shape[1])](
+            q, k, q_positions, lse, *strides, M, N, splits, window or 0, scale * runtime.LOG2E,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shape,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return lse[0] if splits == 1 else lse.logsumexp(0)
+
+
+def _launch_rows(
+    q: Tensor, k: Tensor, q_positions: Tensor | None, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    parts = []
+    for part in runtime.batches(q.shape[0], k.shape[1]):
+        own = (runtime.part_of(q, part), runtime.part_of(k, part), runtime.part_of(q_positions, part))
+        parts.append(_row_sums(*own, scale, causal, window))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@operator(_like_rows, gradients=False)
+def _log_sum_exp(
+    q: Tensor, k: Tensor, q_positions: Tensor | None, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    return _launch_rows(q, k, q_positions, scale, causal, window)
 
 
 def log_sum_exp(
@@ -217,22 +273,40 @@ def log_sum_exp(
     """Natural log of each query's softmax denominator over k [B, Hkv, N, D]: [B, Hq, M] float32, -inf for none.
 
     q: [B, Hq, M, D]. q_positions: integer [B or 1, M], < 0 sees nothing; default: the last M of N.
-    window: keys further back than that are not seen.
+    window: keys further back than that are not seen. A backward pass through it raises BackendError.
     """
-    strides, shape, q_positions = _common(q, k, q_positions, causal, window)
+    _check(q, k, q_positions)
+    lse: Tensor = _log_sum_exp(q, k, q_positions, scale, causal, window)
+    return lse
+
+
+@operator(lambda q, k, *rest: q.new_empty(*q.shape[:2], k.shape[2], dtype=torch.float32), gradients=False)
+def _column_mass(
+    q: Tensor,
+    k: Tensor,
+    q_positions: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    if lse is None:
+        lse = _launch_rows(q, k, q_positions, scale, causal, window)
     B, Hq, M, D = q.shape
     N = k.shape[2]
     config = configs.reduction(D, q.element_size(), M)
-    row_tiles, tiles = runtime.cdiv(M, config.block_m), runtime.cdiv(N, config.block_n)
-    splits = max(1, min(tiles, 2 * runtime.multiprocessors(q.device.index) // max(1, row_tiles * B * Hq)))
-    lse = torch.empty(splits, B, Hq, M, dtype=torch.float32, device=q.device)
-    if lse.numel():
-        lse_kernel[(row_tiles * Hq // k.shape[1], splits, B * k.shape[1])](
-            q, k, q_positions, lse, *strides, M, N, splits, window or 0, scale * runtime.LOG2E,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shape,
+    out = torch.empty(B, Hq, N, dtype=torch.float32, device=q.device)
+    for part in runtime.batches(B, k.shape[1]) if out.numel() else []:
+        own_q, own_k, own_lse, own_out = (runtime.part_of(x, part) for x in (q, k, lse, out))
+        strides, shape, at = _common(own_q, own_k, runtime.part_of(q_positions, part), causal, window)
+        # Tiles lie the other way round here: many keys by few queries.
+        column_kernel[(runtime.cdiv(N, config.keys) * Hq // k.shape[1], (part.stop - part.start) * k.shape[1])](
+            own_q, own_k, at, own_lse.contiguous(), own_out, *strides,
+            M, N, window or 0, scale * runtime.LOG2E,
+            BLOCK_M=config.queries, BLOCK_N=config.keys, **shape,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return lse[0] if splits == 1 else lse.logsumexp(0)
+    return out
 
 
 def column_mass(
@@ -249,21 +323,50 @@ def column_mass(
 
     lse: that of the queries, where it is known. O(M N D) time, O(M + N) memory.
     """
-    strides, shape, at = _common(q, k, q_positions, causal, window)
+    _check(q, k, q_positions)
+    mass: Tensor = _column_mass(q, k, q_positions, lse, scale, causal, window)
+    return mass
+
+
+def _like_blocks(q: Tensor, k: Tensor, q_positions: Tensor | None, lse: Tensor | None, *sizes: Any) -> Tensor:
+    rows, blocks = runtime.cdiv(q.shape[2], sizes[0]), runtime.cdiv(k.shape[2], sizes[1])
+    return q.new_empty(*q.shape[:2], rows, blocks, dtype=torch.float32)
+
+
+@operator(_like_blocks, gradients=False)
+def _block_mass(
+    q: Tensor,
+    k: Tensor,
+    q_positions: Tensor | None,
+    lse: Tensor | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
     if lse is None:
-        lse = log_sum_exp(q, k, scale=scale, causal=causal, window=window, q_positions=q_positions)
+        lse = _launch_rows(q, k, q_positions, scale, causal, window)
     B, Hq, M, D = q.shape
     N = k.shape[2]
-    config = configs.reduction(D, q.element_size(), M)
-    out = torch.empty(B, Hq, N, dtype=torch.float32, device=q.device)
-    if out.numel():
-        # Tiles lie the other way round here: many keys by few queries.
-        column_kernel[(runtime.cdiv(N, config.keys) * Hq // k.shape[1], B * k.shape[1])](
-            q, k, at, lse.contiguous(), out, *strides, M, N, window or 0, scale * runtime.LOG2E,
-            BLOCK_M=config.queries, BLOCK_N=config.keys, **shape,
+    config = configs.reduction(D, q.element_size(), block_m)
+    tile = min(block_n & -block_n, config.block_n)
+    parts, rows = block_n // tile, runtime.cdiv(M, block_m)
+    tiles = runtime.cdiv(N, block_n) * parts
+    out = torch.empty(B, Hq, rows, tiles, dtype=torch.float32, device=q.device)
+    # Rows stand on the grid's second axis while they fit there.
+    shares, tall = runtime.cdiv(tiles, 32), rows > runtime.GRID_AXIS
+    first, second = (rows, shares) if tall else (shares, rows)
+    for part in runtime.batches(B, k.shape[1]) if out.numel() else []:
+        own_q, own_k, own_lse, own_out = (runtime.part_of(x, part) for x in (q, k, lse, out))
+        strides, shape, at = _common(own_q, own_k, runtime.part_of(q_positions, part), causal, window)
+        block_kernel[(first * Hq // k.shape[1], second, (part.stop - part.start) * k.shape[1])](
+            own_q, own_k, at, own_lse.contiguous(), own_out, *strides,
+            M, N, tiles, block_m, window or 0, scale * runtime.LOG2E,
+            SHARE=32, BLOCK_M=runtime.power_of_two(block_m, 16), BLOCK_N=tile, ROWS_FIRST=tall, **shape,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return out
+    return out if parts == 1 else out.unflatten(-1, (-1, parts)).sum(-1)
 
 
 def block_mass(
@@ -284,20 +387,6 @@ def block_mass(
     """
     if not 1 <= block_m <= 128 or block_n < 16 or block_n % 16:
         raise ShapeError(f"blocks of {block_m} x {block_n}, allowed: 1 .. 128 queries, a multiple of 16 keys")
-    strides, shape, at = _common(q, k, q_positions, causal, window)
-    if lse is None:
-        lse = log_sum_exp(q, k, scale=scale, causal=causal, window=window, q_positions=q_positions)
-    B, Hq, M, D = q.shape
-    N = k.shape[2]
-    config = configs.reduction(D, q.element_size(), block_m)
-    tile = min(block_n & -block_n, config.block_n)
-    parts, rows = block_n // tile, runtime.cdiv(M, block_m)
-    tiles = runtime.cdiv(N, block_n) * parts
-    out = torch.empty(B, Hq, rows, tiles, dtype=torch.float32, device=q.device)
-    if out.numel():
-        block_kernel[(runtime.cdiv(tiles, 32) * Hq // k.shape[1], rows, B * k.shape[1])](
-            q, k, at, lse.contiguous(), out, *strides, M, N, tiles, block_m, window or 0, scale * runtime.LOG2E,
-            SHARE=32, BLOCK_M=runtime.power_of_two(block_m, 16), BLOCK_N=tile, **shape,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return out if parts == 1 else out.unflatten(-1, (-1, parts)).sum(-1)
+    _check(q, k, q_positions)
+    mass: Tensor = _block_mass(q, k, q_positions, lse, block_m, block_n, scale, causal, window)
+    return mass

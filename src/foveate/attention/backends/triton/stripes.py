@@ -8,6 +8,7 @@ the whole tiles before its first query need no causal mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import runtime
-from foveate.attention.sparse_plan import SparsePlan, made_once
+from foveate.attention.backends.triton.operators import operator
+from foveate.attention.sparse_plan import SparsePlan, lists_of_room, made_once
 
 # Columns per stripe are a multiple of this, so tiles and words of bits never straddle a head.
 WIDTH = 128
@@ -59,29 +61,56 @@ def stripes(plan: SparsePlan, causal: bool) -> Stripes:
 
 def _stripes(plan: SparsePlan, causal: bool) -> Stripes:
     assert plan.columns is not None
-    device, n = plan.columns.device, plan.n
-    listed = plan.columns.flatten(0, 1)
+    sizes = (plan.m, plan.n, plan.block_m, plan.block_n)
+    return Stripes(*_made_stripes(plan.columns, plan.row_ptr, plan.col, *sizes, causal))
+
+
+def _width(columns: int) -> int:
+    return runtime.cdiv(columns, WIDTH) * WIDTH
+
+
+def _like_stripes(columns: Tensor, row_ptr: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = row_ptr.shape[0] - 1, _width(columns.shape[2])
+    sizes = ((columns.shape[0] * columns.shape[1], width), (rows, width // 32), (rows,), (rows,))
+    column, bits, free, cut = (columns.new_empty(size, dtype=torch.int32) for size in sizes)
+    return column, bits, free, cut
+
+
+@operator(_like_stripes)
+def _made_stripes(
+    columns: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    m: int,
+    n: int,
+    block_m: int,
+    block_n: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Stripes` of columns [B, heads, V] beside the lists of a plan, whose col may be longer than it says."""
+    device, row_blocks = columns.device, runtime.cdiv(m, block_m)
+    listed = columns.flatten(0, 1)
     listed = torch.where((listed < 0) | (listed >= n), n, listed).sort(-1).values
     repeated = F.pad(listed[:, 1:] == listed[:, :-1], (1, 0))
     listed = listed.masked_fill(repeated, n).sort(-1).values
-    listed = F.pad(listed, (0, -listed.shape[1] % WIDTH), value=n).to(torch.int32)
-    first = torch.arange(plan.row_blocks, device=device) * plan.block_m
-    last = (first + plan.block_m).clamp(max=plan.m) - 1
-    ends = torch.stack((first, last)) + (n - plan.m) if causal else torch.full((2, plan.row_blocks), n - 1).to(device)
+    listed = F.pad(listed, (0, _width(listed.shape[1]) - listed.shape[1]), value=n).to(torch.int32)
+    first = torch.arange(row_blocks, device=device) * block_m
+    last = (first + block_m).clamp(max=m) - 1
+    ends = torch.stack((first, last)) + (n - m) if causal else torch.full((2, row_blocks), n - 1, device=device)
     free, cut = (
         torch.searchsorted(listed, end.to(torch.int32).expand(listed.shape[0], -1).contiguous(), right=True)
         .flatten()
         .to(torch.int32)
         for end in ends
     )
-    words = runtime.cdiv(plan.key_blocks, 32)
-    blocks = torch.zeros(cut.numel() * words, dtype=torch.int32, device=device)
-    row = torch.arange(cut.numel(), device=device)
-    row = torch.repeat_interleave(row, plan.row_ptr.diff(), output_size=plan.nnz)
+    rows, words = cut.numel(), runtime.cdiv(runtime.cdiv(n, block_n), 32)
+    # Entries past the last list belong to a row that is not there.
+    row, col = lists_of_room(row_ptr, col)
+    blocks = torch.zeros((rows + 1) * words, dtype=torch.int32, device=device)
     # A block is listed once, so a sum of bits is their union.
-    blocks.index_add_(0, row * words + plan.col // 32, torch.ones_like(plan.col) << (plan.col & 31))
-    bits = torch.empty(cut.numel(), listed.shape[1] // 32, dtype=torch.int32, device=device)
-    uncovered_kernel[(cut.numel(),)](
-        listed, blocks, bits, plan.row_blocks, n, listed.shape[1], words, BLOCK_N=plan.block_n, STEP=1024, num_warps=4
+    blocks.index_add_(0, row * words + col // 32, torch.ones_like(col) << (col & 31))
+    bits = torch.empty(rows, listed.shape[1] // 32, dtype=torch.int32, device=device)
+    uncovered_kernel[(rows,)](
+        listed, blocks, bits, row_blocks, n, listed.shape[1], words, BLOCK_N=block_n, STEP=1024, num_warps=4
     )
-    return Stripes(listed, bits, free, cut)
+    return listed, bits, free, cut

@@ -344,19 +344,27 @@ def topk_select(
     runtime.check_unit_stride(scores=scores)
     shape = scores.shape[:-1]
     scores = scores.reshape(-1, N)
-    R, device = scores.shape[0], scores.device
-    out = torch.empty(R, k, dtype=torch.int32, device=device)
+    R, bits = scores.shape[0], 8 * scores.element_size()
+    out = torch.empty(R, k, dtype=torch.int32, device=scores.device)
     if not R:
         return out.view(*shape, k)
-    if length is not None:
-        length = length.reshape(-1)
-    bits = 8 * scores.element_size()
+    length = None if length is None else length.reshape(-1)
     if N <= configs.TOPK_SINGLE and config is None:
         block = runtime.power_of_two(N, 128)
         warps = 16 if block > 4096 else 8 if block > 1024 else 4
         single_kernel[(R,)](scores, length, out, scores.stride(0), N, k, BITS=bits, BLOCK=block, num_warps=warps)
         return out.view(*shape, k)
+    # A row takes one place of the grid's second axis.
     config = config or (configs.TOPK if N <= configs.TOPK_LONG else configs.TOPK_OF_LONG)
+    for part in runtime.batches(R, 1):
+        own = None if length is None else runtime.part_of(length, part)
+        _by_chunks(runtime.part_of(scores, part), own, k, config, runtime.part_of(out, part))
+    return out.view(*shape, k)
+
+
+def _by_chunks(scores: Tensor, length: Tensor | None, k: int, config: configs.TopkConfig, out: Tensor) -> None:
+    """The three launches for scores [R, N], into out [R, k]."""
+    (R, N), device = scores.shape, scores.device
     chunks = max(1, min(config.most_chunks, config.per_sm * runtime.multiprocessors(device.index) // R))
     block = min(config.block, runtime.power_of_two(runtime.cdiv(N, chunks), config.least_block))
     chunk = runtime.cdiv(runtime.cdiv(N, chunks), block) * block
@@ -389,4 +397,3 @@ def topk_select(
         length, kept, state, offers, listed, out, N, N, k, chunks, chunk,
         CHUNKS=runtime.power_of_two(chunks), LISTED=512, **options,
     )  # fmt: skip
-    return out.view(*shape, k)
