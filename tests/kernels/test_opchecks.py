@@ -31,11 +31,14 @@ def _pieces(monkeypatch):
         monkeypatch.setattr(scan_configs, name, lambda *sizes, config=config: config)
 
 
-SEQUENCES = {"whole": None, "packed": [0, 0, 17, 20, 20]}
+CUTS = [
+    pytest.param(None, id="whole"),
+    pytest.param([0, 0, 17, 20, 20], id="packed", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.usefixtures("_pieces")
-@pytest.mark.parametrize("offsets", SEQUENCES.values(), ids=SEQUENCES.keys())
+@pytest.mark.parametrize("offsets", CUTS)
 @pytest.mark.parametrize("form", ["scalar", "vector", "scalar-delta"])
 def test_scans_in_pieces(form, offsets):
     tensors = {name: x.requires_grad_() for name, x in inputs(form, 20).items()}
