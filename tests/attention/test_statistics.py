@@ -47,12 +47,6 @@ def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(stats.column_mass(q, k, scale=0.3), whole)
 
 
-def test_block_means_of_a_partial_block() -> None:
-    x = torch.randn(1, 1, 10, 3)
-    means = stats.block_means(x, 4)
-    torch.testing.assert_close(means[0, 0, 2], x[0, 0, 8:].mean(0))
-
-
 def test_by_group() -> None:
     x = torch.randn(1, 6, 5)
     assert torch.equal(stats.by_group(x, 2, "max")[0, 1], x[0, 3:].amax(0))

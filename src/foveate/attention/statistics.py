@@ -145,17 +145,6 @@ def block_mass(
     return torch.stack(rows, dim=2)
 
 
-def block_means(x: Tensor, block: int) -> Tensor:
-    """Means of consecutive blocks of tokens: x [B, H, N, D] -> [B, H, ceil(N / block), D]; the last block is the
-    mean of its real tokens."""
-    N = x.shape[2]
-    count = -(-N // block)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, count * block - N)).unflatten(2, (count, block))
-    sizes = torch.full((count,), block, device=x.device, dtype=x.dtype)
-    sizes[-1] = N - (count - 1) * block
-    return padded.sum(3) / sizes[:, None]
-
-
 def by_group(x: Tensor, kv_heads: int, reduce: str = "mean") -> Tensor:
     """Reduce [B, Hq, ...] over the query heads of each KV group: "mean", "max" or "sum" -> [B, Hkv, ...]."""
     grouped = x.unflatten(1, (kv_heads, -1))
