@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 
 import torch
 from images import accuracies, arguments, record, with_mixer
 
 from foveate.mixers.base import create_mixer
+
+CLAIM = "attention through few agents is as good as softmax attention and above plain linear attention"
 
 
 @torch.no_grad()
@@ -39,10 +42,10 @@ def seconds(given: argparse.Namespace) -> list[dict[str, float]]:
 
 def main() -> None:
     started, given = time.perf_counter(), arguments(__doc__)
+    save = partial(record, "agent", CLAIM, given, started)
     specs = ("softmax:rotary=false,causal=false", "linear:causal=false", "agent:pool=2", "agent:pool=4", "agent:pool=7")
-    rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given)
-    claim = "attention through few agents is as good as softmax attention and above plain linear attention"
-    record("agent", claim, given, started, rows=rows, seconds_by_tokens=seconds(given))
+    rows, _ = accuracies({spec: with_mixer(spec) for spec in specs}, given, lambda rows: save(rows=rows))
+    save(rows=rows, seconds_by_tokens=seconds(given))
 
 
 if __name__ == "__main__":

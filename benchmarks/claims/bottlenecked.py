@@ -27,6 +27,7 @@ from foveate.lm.data import load_tokenizer
 from foveate.lm.synthetic import IGNORED, TEST_SEEDS
 
 MODULUS = 23
+CLAIM = "rewriting the cache after steps solves more chains than the model or an adapter of that size"
 
 
 def chains(count: int, length: tuple[int, int], seed: int) -> list[tuple[str, str]]:
@@ -117,6 +118,7 @@ def main() -> None:
         found = {str(each): solved(run, tokenizer, pairs) for each, pairs in tests.items()}
         rows.append({"model": name, "parameters": parameters, "loss": loss, "solved_by_operations": found})
         print(rows[-1], flush=True)
+        record("bottlenecked", CLAIM, given, started, rows=rows)
 
     untrained = processor_for(model, width=given.width, heads=4, seed=given.seed)
     model.eval()
@@ -135,8 +137,6 @@ def main() -> None:
     merged = adapted.eval().merge_and_unload()
     with Bottlenecked(merged, untrained, newlines) as run:
         judge("adapter of that size", run, own, loss)
-    claim = "rewriting the cache after steps solves more chains than the model or an adapter of that size"
-    record("bottlenecked", claim, given, started, rows=rows)
 
 
 if __name__ == "__main__":

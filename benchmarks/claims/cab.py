@@ -7,23 +7,22 @@ this against the paper's leaderboard of 2022-11-16 and its efficiency lengths.
 
     python benchmarks/claims/cab.py [--device cuda] [--workers 4] [--only softmax local s4d]
 
-The result file is written after every finished row. Timing starts when all training is done.
+The result file is written after every finished row, and rows it holds already are kept. Timing starts when all
+training is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import combinations
 from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
 from cab_tasks import TASKS, VANILLA, measured
-from claim import parser, record
+from claim import each_done, earlier, parser, record
 
 from foveate import registry
 from foveate.compare.cab import Metric, efficiency_length, pattern_errors
@@ -134,18 +133,10 @@ def row(name: str, task: str, given: argparse.Namespace) -> dict[str, Any]:
     return made
 
 
-def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows as they are finished, by `--workers` processes that share the device."""
+def rows_of(given: argparse.Namespace, known: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """The rows that are not known yet as they are finished, by `--workers` processes that share the device."""
     jobs = [(name, task) for task in TASKS for name in given.only if declares(name, TASKS[task].pattern)]
-    if given.workers == 1:
-        for job in jobs:
-            yield row(*job, given)
-        return
-    context = multiprocessing.get_context("spawn")
-    # A tiny model's work is in launching, and the workers share the cores.
-    with ProcessPoolExecutor(given.workers, context, torch.set_num_threads, (1,)) as pool:
-        for each in as_completed([pool.submit(row, *job, given) for job in jobs]):
-            yield each.result()
+    return each_done(row, [(*job, given) for job in jobs if job not in known], given.workers)
 
 
 def indices(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -334,7 +325,7 @@ def about_mixers(rows: list[dict[str, Any]], errors: dict[str, dict[str, float]]
 def main() -> None:
     started, given = time.perf_counter(), arguments()
     errors = errors_in_patterns(given)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [each for each in earlier("cab", given).get("rows", []) if "error" not in each]
     times: list[dict[str, Any]] = []
 
     def save() -> None:
@@ -352,7 +343,7 @@ def main() -> None:
             times=times,
         )
 
-    for each in rows_of(given):
+    for each in rows_of(given, {(each["mixer"], each["task"]) for each in rows}):
         rows.append(each)
         save()
     for length in (256, 512, 1024, 2048, 4096, 8192):

@@ -45,6 +45,7 @@ MODELS: dict[str, dict[str, Any] | None] = {
     "memory of one layer": {"captured": 1},
     "memory without training": {"trained": False},
 }
+CLAIM = "with a trained memory of hidden states a model recalls facts from far before its window"
 
 
 def texts(tokenizer: Any, count: int, seed: int, given: argparse.Namespace) -> PackedText:
@@ -106,8 +107,7 @@ def main() -> None:
                 {"model": name, "recall": recall(run, test, given), "losses": losses[:: max(1, given.steps // 10)]}
             )
         print(rows[-1], flush=True)
-    claim = "with a trained memory of hidden states a model recalls facts from far before its window"
-    record("cmr", claim, given, started, chance=1 / len(COLOURS), rows=rows)
+        record("cmr", CLAIM, given, started, chance=1 / len(COLOURS), rows=rows)
 
 
 if __name__ == "__main__":

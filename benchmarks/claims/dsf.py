@@ -7,6 +7,7 @@ sigmoid as forget gate improves the qLSTM.
 Recall is MQAR of 16 pairs in 128 tokens: a short convolution, then one layer of the kind with dim / 2 channels, without
 MLPs, trained from few pairs in short texts to all; the better of two learning rates counts. n is what the state holds
 per channel, here the keys' width per head. Text is Python's manual in `layers` layers.
+Rows that the result file holds already are kept.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from claim import record
+from claim import each_done, earlier, record
 from landmark import accuracy, fit, make_model
-from language import arguments, on_text
+from language import on_text, options
 
 from foveate.lm.synthetic import TEST_SEEDS, Examples, mqar
 
@@ -89,14 +90,21 @@ def recalled(mixers: Sequence[str], given: argparse.Namespace, rates: Sequence[f
     return row
 
 
+def row(part: str, spec: str, given: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Of "recall" or "text", and which."""
+    return part, recalled(["baseconv", spec], given) if part == "recall" else on_text([spec] * given.layers, given)
+
+
 def main() -> None:
-    started, given = time.perf_counter(), arguments(__doc__, steps=400)
-    rows: dict[str, list[dict[str, Any]]] = {"recall": [], "text": []}
-    for spec in RECALL:
-        rows["recall"].append(recalled(["baseconv", spec], given))
-        record("dsf", CLAIM, given, started, chance=2 / VOCAB, **rows)
-    for spec in TEXT:
-        rows["text"].append(on_text([spec] * given.layers, given))
+    parser = options(__doc__, steps=400)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    started, given = time.perf_counter(), parser.parse_args()
+    known = earlier("dsf", given)
+    rows: dict[str, list[dict[str, Any]]] = {part: known.get(part, []) for part in ("recall", "text")}
+    done = {(part, each["mixers"][-1]) for part, own in rows.items() for each in own}
+    jobs = [(part, spec) for part, specs in (("recall", RECALL), ("text", TEXT)) for spec in specs]
+    for part, made in each_done(row, [(*job, given) for job in jobs if job not in done], given.workers):
+        rows[part].append(made)
         record("dsf", CLAIM, given, started, chance=2 / VOCAB, **rows)
 
 

@@ -155,10 +155,15 @@ def trained(block: Callable[[int], nn.Module], given: argparse.Namespace, seed: 
 
 
 def accuracies(
-    blocks: dict[str, Callable[[int], nn.Module]], given: argparse.Namespace
+    blocks: dict[str, Callable[[int], nn.Module]],
+    given: argparse.Namespace,
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> tuple[list[dict[str, Any]], dict[str, Classifier]]:
-    """A row for each kind of block, with the accuracy of every seed, and the last seed's models."""
-    rows, models = [], {}
+    """A row for each kind of block, with the accuracy of every seed, and the last seed's models.
+
+    save: called with the rows so far after each of them."""
+    rows: list[dict[str, Any]] = []
+    models = {}
     for name, block in blocks.items():
         started, reached = time.perf_counter(), []
         for seed in range(given.seeds):
@@ -176,4 +181,5 @@ def accuracies(
             }
         )
         print(rows[-1], flush=True)
+        save(rows)
     return rows, models

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from images import accuracies, arguments, record, with_mixer
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from foveate.mixers.linear.l2vit import GlobalBlock, WindowBlock
 
 DIM, HEADS = 64, 4
+
+CLAIM = "a local concentration after global linear attention, and windows between, raise its accuracy"
 
 
 class Nothing(nn.Module):
@@ -40,6 +43,7 @@ def global_blocks(floor: float, *, concentrated: bool, windows: bool) -> Callabl
 
 def main() -> None:
     started, given = time.perf_counter(), arguments(__doc__)
+    save = partial(record, "l2vit", CLAIM, given, started)
     blocks = {
         "softmax": with_mixer("softmax:rotary=false,causal=false", DIM, HEADS),
         "global": global_blocks(1.0, concentrated=False, windows=False),
@@ -47,9 +51,8 @@ def main() -> None:
         "global + concentration, floor 100": global_blocks(100.0, concentrated=True, windows=False),
         "windows, global + concentration": global_blocks(1.0, concentrated=True, windows=True),
     }
-    rows, _ = accuracies(blocks, given)
-    claim = "a local concentration after global linear attention, and windows between, raise its accuracy"
-    record("l2vit", claim, given, started, rows=rows)
+    rows, _ = accuracies(blocks, given, lambda rows: save(rows=rows))
+    save(rows=rows)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,15 @@ from foveate.lm.train_config import DataConfig, RunConfig, TrainConfig
 from foveate.mixers.base import create_mixer
 
 
-def arguments(
+def options(
     doc: str | None, *, steps: int = 400, dim: int = 128, length: int = 512, layers: int = 4
-) -> argparse.Namespace:
+) -> argparse.ArgumentParser:
     sizes = {"steps": steps, "dim": dim, "length": length, "layers": layers, "batch": 16, "seed": 0}
-    return parser(doc, devices=("cpu", "cuda"), **sizes).parse_args()
+    return parser(doc, devices=("cpu", "cuda"), **sizes)
+
+
+def arguments(doc: str | None, **sizes: int) -> argparse.Namespace:
+    return options(doc, **sizes).parse_args()
 
 
 def on_text(mixers: Sequence[str], given: argparse.Namespace, **run: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from typing import Any
 
 import torch
 from claim import record
@@ -60,17 +61,17 @@ def main() -> None:
         "variable-tracking": VariableTracking(),
         "text": Perplexity(target=32),
     }
-    rows = {}
+    rows: dict[str, Any] = {}
+    claim = "calibrated mixes of token counts stay closer to dense than equal counts and than SnapKV's keys"
     for name, task in tasks.items():
         asked = prompts(task, tokenizer, given)
         rows[name] = closeness(model, {**methods}, asked)
         ratios = sorted({round(20 * (1 - row["keys_held"])) / 20 for row in rows[name]} - {0.0})
         rows[name] += closeness(model, by_spec([f"snapkv:ratio={ratio},kernel=7" for ratio in ratios]), asked)[1:]
-    chosen = {
-        label: densities(method.table("proportions"))[method.chosen].tolist() for label, method in methods.items()
-    }
-    claim = "calibrated mixes of token counts stay closer to dense than equal counts and than SnapKV's keys"
-    record("tca", claim, given, started, model=model, density_per_head=chosen, **rows)
+        chosen = {
+            label: densities(method.table("proportions"))[method.chosen].tolist() for label, method in methods.items()
+        }
+        record("tca", claim, given, started, model=model, density_per_head=chosen, **rows)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ from foveate.registry import register
     applies_to="from scratch",
     small={"height": 4, "width": 6, "pool": 2},
     claim=(
-        "A made-up image task (two like glyphs of three): agents of 2 x 2, 4 x 4 and 7 x 7 reach 0.998, 0.997 and "
-        "0.999, softmax 0.996, linear attention 0.997: as good as softmax, at a task too easy to part them; 4096 "
-        "tokens take 2.1 ms against 3.2, 256 tokens 1.2 against 0.7 on an H200 "
-        "(benchmarks/results/claims/agent.json)."
+        "Fashion-MNIST, four layers, 1500 steps, two seeds: accuracy 0.870, 0.873 and 0.872 with agents of 2 x 2, 4 x "
+        "4 and 7 x 7, softmax 0.854, linear attention 0.840: above both "
+        "(benchmarks/results/claims/agent_fashion.json). 4096 tokens take 2.1 ms against softmax's 3.2, 256 tokens "
+        "1.2 against 0.7 on an H200 (benchmarks/results/claims/agent.json)."
     ),
 )
 class AgentMixer(GridMixer):

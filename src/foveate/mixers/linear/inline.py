@@ -44,9 +44,10 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     applies_to="from scratch",
     small={"height": 4, "width": 6},
     claim=(
-        "A made-up image task (two like glyphs of three): 0.999 with the residual and 0.994 without, softmax 0.997, "
-        "linear attention 0.998; the weights of q and 2q are 0.31 apart, and equal with division "
-        "(benchmarks/results/claims/inline.json)."
+        "Fashion-MNIST, four layers, 1500 steps, two seeds: accuracy 0.866 with the residual and 0.843 without, "
+        "softmax 0.854, linear attention with ReLU 0.861: above softmax with both parts, as claimed; subtraction "
+        "alone is below division. The weights of q and 2q are 0.31 apart, and equal with division "
+        "(benchmarks/results/claims/inline_fashion.json)."
     ),
 )
 class InLineMixer(GridMixer):

@@ -43,6 +43,12 @@ from foveate.registry import register
     year=2025,
     applies_to="from scratch",
     small={"floor": 2.0},
+    claim=(
+        "Fashion-MNIST, four layers, 1500 steps, two seeds: accuracy 0.878 of global linear attention, 0.891 with the "
+        "local concentration, 0.893 with windows between; softmax 0.853: each part adds, as claimed "
+        "(benchmarks/results/claims/l2vit_fashion.json). Made-up glyphs are too easy to part them, 0.988 to 0.999 "
+        "(benchmarks/results/claims/l2vit.json)."
+    ),
 )
 class L2ViTMixer(Mixer):
     """Linear attention on ReLU features over all tokens, with a floor under the sum of weights.

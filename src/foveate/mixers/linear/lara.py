@@ -35,7 +35,8 @@ from foveate.registry import register
     applies_to="from scratch",
     small={"landmarks": 5, "noise": False},
     claim=(
-        "Masked text, both sides, 400 steps, two seeds: perplexity per byte 2.657, softmax 2.661 "
+        "Two seeds, 400 steps, softmax second: masked text 2.657 and 2.661 (perplexity per byte), super-resolution "
+        "10.74 and 10.78 dB; less time than materialised softmax from 1203 tokens on, the first to "
         "(benchmarks/results/claims/cab.json)."
     ),
 )

@@ -58,9 +58,9 @@ def grid_angles(grid: Grid, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor
     applies_to="from scratch",
     small={"height": 4, "width": 6},
     claim=(
-        "A made-up image task (two like glyphs of three): 0.999, softmax in the same block 1.000, linear attention "
-        "0.998; from queries of size 0.5 to 8 the largest weight grows from 0.044 to 0.355, softmax's from 0.045 to "
-        "0.784, and linear attention's stays at 0.023 (benchmarks/results/claims/mala.json)."
+        "Fashion-MNIST, four layers, 1500 steps, two seeds: accuracy 0.887, softmax in the same block 0.887, linear "
+        "attention 0.839; from queries of size 0.5 to 8 the largest weight grows from 0.044 to 0.355, softmax's from "
+        "0.045 to 0.784, and linear attention's stays at 0.023 (benchmarks/results/claims/mala_fashion.json)."
     ),
 )
 class MALAMixer(GridMixer):

@@ -32,10 +32,11 @@ from foveate.registry import register
     year=2024,
     applies_to="from scratch",
     claim=(
-        "Recall of 16 pairs in 128 tokens: 0.451 with one head of 64 channels and 0.054 with four of 16; linear "
-        "attention 0.956 and 0.905, 0.982 without division, softmax 1.000: recall grows with the state, but the "
-        "learned normaliser does not pass linear attention's sum here (benchmarks/results/claims/dsf.json). "
-        "Multi-query recall, 64 pairs: 0.736 against 0.658 (benchmarks/results/mqar.json)."
+        "Recall of 16 pairs in 128 tokens: 0.993 with one head of 64 channels and 0.952 with four of 16, the divisor "
+        "starting at 1; linear attention 0.995 and 0.987, 0.9995 without division, softmax 1.000. Text, four layers, "
+        "400 steps: perplexity per byte 7.56, linear attention 7.42, softmax 3.17. Recall grows with the state; the "
+        "learned normaliser does not pass linear attention's sum (benchmarks/results/claims/dsf.json). Multi-query "
+        "recall, 64 pairs: 0.736 against 0.658 (benchmarks/results/mqar.json)."
     ),
 )
 class NormalisedAttentionMixer(Mixer):

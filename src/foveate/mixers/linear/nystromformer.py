@@ -64,7 +64,8 @@ def approximate_inverse(A: Tensor, iterations: int, *, shared_start: bool = Fals
     applies_to="from scratch",
     small={"landmarks": 5},
     claim=(
-        "Masked text, both sides, 400 steps, two seeds: perplexity per byte 2.653, softmax 2.661 "
+        "Two seeds, 400 steps, softmax second: masked text 2.653 and 2.661 (perplexity per byte), super-resolution "
+        "10.74 and 10.78 dB; less time than materialised softmax from 1265 tokens on "
         "(benchmarks/results/claims/cab.json)."
     ),
 )

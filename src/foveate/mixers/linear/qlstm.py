@@ -35,9 +35,9 @@ from foveate.registry import register
     year=2024,
     applies_to="from scratch",
     claim=(
-        "Recall of 16 pairs in 128 tokens: 0.056 with the reversed sigmoid and 0.055 without it; linear attention "
-        "0.956, softmax 1.000: the gate changes nothing where one number per channel is kept "
-        "(benchmarks/results/claims/dsf.json)."
+        "Recall of 16 pairs in 128 tokens: 0.090 with the reversed sigmoid and 0.069 without it, linear attention "
+        "0.995, softmax 1.000; text, four layers, 400 steps: perplexity per byte 2.729 and 2.723, softmax 3.171: the "
+        "reversed gate changes little at this size (benchmarks/results/claims/dsf.json)."
     ),
 )
 class QLSTMMixer(Mixer):

@@ -109,8 +109,9 @@ class RGLRUState(LinearState):
     year=2024,
     applies_to="from scratch",
     claim=(
-        "Recall of 16 pairs in 128 tokens: 0.049; linear attention 0.956, softmax 1.000: one number per channel does "
-        "not hold pairs (benchmarks/results/claims/dsf.json)."
+        "Text, four layers, 400 steps: perplexity per byte 2.95, softmax 3.17, linear attention 7.42. Recall of 16 "
+        "pairs in 128 tokens: 0.063, linear attention 0.995: one number per channel does not hold pairs "
+        "(benchmarks/results/claims/dsf.json)."
     ),
 )
 class RGLRUMixer(Mixer):

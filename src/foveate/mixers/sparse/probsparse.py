@@ -36,7 +36,8 @@ from foveate.registry import register
     applies_to="from scratch",
     small={"factor": 2},
     claim=(
-        "Masked text, both sides, 400 steps, two seeds: perplexity per byte 2.674, softmax 2.661 "
+        "Two seeds, 400 steps, softmax second: masked text 2.674 and 2.661 (perplexity per byte), super-resolution "
+        "10.75 and 10.78 dB; less time than materialised softmax from 6026 tokens on, the last to "
         "(benchmarks/results/claims/cab.json)."
     ),
 )
