@@ -446,13 +446,13 @@ def cache_part() -> None:
 
 def coding_part() -> None:
     from foveate.attention.backends.triton.kv_quant import kv_decode, kv_encode
-    from foveate.methods.keep.kivi import decode, encode
+    from foveate.attention.quantize import dequantize, quantize
 
     bandwidth = 1.0 if WARM else gpu_timing.copy_bandwidth()
     x = torch.randn(1, HKV, 32768, D, device="cuda", dtype=DTYPE)
     x[:, :, :, 3] *= 20
     for bits, group, dim in ((2, 32, 2), (2, 32, 3), (4, 32, 2), (4, 64, 3), (8, 64, 2), (8, 64, 3)):
-        theirs = encode(x, bits, group, dim)
+        theirs = quantize(x, bits, group, dim, backend="torch")
         made = (theirs.code, theirs.scale, theirs.least)
 
         def same(got) -> dict:
@@ -464,11 +464,13 @@ def coding_part() -> None:
         floor = (2 * numbers + bits * numbers / 8 + 4 * numbers / group) / bandwidth
         run = lambda i: kv_encode(x, bits=bits, group=group, dim=dim)  # noqa: E731
         attempt("caches", f"encode {name} | kv_encode", run, same, 8, floor, False)
-        attempt("caches", f"encode {name} | eager", lambda i: encode(x, bits, group, dim), unjudged, 8, floor)
-        back = decode(theirs, bits, group, dim)
+        run = lambda i: quantize(x, bits, group, dim, backend="torch")  # noqa: E731
+        attempt("caches", f"encode {name} | eager", run, unjudged, 8, floor)
+        back = dequantize(theirs, bits, group, dim, backend="torch")
         run = lambda i: kv_decode(*made, bits=bits, group=group, dim=dim)  # noqa: E731
         attempt("caches", f"decode {name} | kv_decode", run, close_to({"x": back.double()}, 4e-3), 8, floor, False)
-        attempt("caches", f"decode {name} | eager", lambda i: decode(theirs, bits, group, dim), unjudged, 8, floor)
+        run = lambda i: dequantize(theirs, bits, group, dim, backend="torch")  # noqa: E731
+        attempt("caches", f"decode {name} | eager", run, unjudged, 8, floor)
 
 
 # Sums over weights.

@@ -76,7 +76,7 @@ def test_show_tells_what_options_of_a_mixer_are(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = call(monkeypatch, capsys, "show", "softmax")[1]
-    assert "  dim: int, required. channels C.\n" in out
+    assert "  dim: int, required, allowed >= 1. channels C.\n" in out
     assert "  window: int | None, default None. tokens before the query that it reads (default: all).\n" in out
     assert "any value" not in out
     assert "  budget: int, default 1024, allowed >= 1. keys kept" in call(monkeypatch, capsys, "show", "snapkv")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import foveate
 from foveate import registry
 from foveate.errors import FoveateError, OptionError, UnknownNameError
-from foveate.options import check_fields, format_spec, option, options_of, parse_spec
+from foveate.options import Bounds, check_fields, format_spec, option, options_of, parse_spec
 
 PUBLIC = {
     "FoveateError",
@@ -85,6 +86,38 @@ def test_good_options() -> None:
     assert Example(share=0.25, maybe=2).maybe == 2
     assert [each.name for each in options_of(Example)] == ["count", "share", "kind", "maybe"]
     assert str(options_of(Example)[0].bounds) == ">= 1 and <= 9"
+
+
+class Base:
+    def __init__(self, *, count: Annotated[int, Bounds(at_least=1)], share: Annotated[float, Bounds(above=0)] = 0.5):
+        self.count, self.share = count, share
+
+
+class Derived(Base):
+    def __init__(
+        self, *, count: int = 3, share: Annotated[float | None, Bounds(above=0, below=1)] = 0.5, other: int = 0
+    ):
+        super().__init__(count=count, share=share or 1.0)
+
+
+class Same(Derived):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("target", "bounds"),
+    [
+        (Base, {"count": ">= 1", "share": "> 0"}),
+        (Derived, {"count": ">= 1", "share": "> 0 and < 1", "other": "any value of its type"}),
+        (Same, {"count": ">= 1", "share": "> 0 and < 1", "other": "any value of its type"}),
+    ],
+)
+def test_bounds_of_arguments_hold_in_derived_classes(target: type, bounds: dict[str, str]) -> None:
+    found = {each.name: each for each in options_of(target)}
+    assert {name: str(each.bounds) for name, each in found.items()} == bounds
+    assert found["count"].type == "int"
+    with pytest.raises(OptionError, match="Thing: count=0, allowed: >= 1"):
+        found["count"].check("Thing", 0)
 
 
 WORDS = ("true", "false", "none", "null", "nan", "inf", "infinity")

@@ -4,7 +4,10 @@ A method's options are the fields of its frozen, keyword-only dataclass, each ma
 
     budget: int = option(1024, "keys kept per KV head", at_least=1)
 
-A mixer's options are the keyword-only arguments of its constructor.
+A mixer's options are the keyword-only arguments of its constructor. Bounds stand beside the type, and hold for an
+argument of the same name in derived classes too:
+
+    heads: Annotated[int, Bounds(at_least=1)] = 4
 """
 
 from __future__ import annotations
@@ -158,18 +161,30 @@ def options_of(target: type) -> tuple[Option, ...]:
         )
     constructor: Any = inspect.getattr_static(target, "__init__")
     hints = typing.get_type_hints(constructor)
+    bounds = _bounds_of(target)
     return tuple(
         Option(
             parameter.name,
             _type_name(hints.get(parameter.name, Any)),
             _MISSING if parameter.default is inspect.Parameter.empty else parameter.default,
             "",
-            Bounds(),
+            bounds.get(parameter.name, Bounds()),
             _accepted(hints.get(parameter.name, Any)),
         )
         for parameter in inspect.signature(constructor).parameters.values()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     )
+
+
+def _bounds_of(target: type) -> dict[str, Bounds]:
+    """Bounds of constructor arguments by name, those of the class itself before those of its bases."""
+    found: dict[str, Bounds] = {}
+    for base in reversed(target.__mro__):
+        constructor = vars(base).get("__init__")
+        if isinstance(constructor, types.FunctionType):
+            for name, hint in typing.get_type_hints(constructor, include_extras=True).items():
+                found.update((name, each) for each in getattr(hint, "__metadata__", ()) if isinstance(each, Bounds))
+    return found
 
 
 def check_fields(instance: Any) -> None:

@@ -225,7 +225,9 @@ def card(name: str, *, kind: str | tuple[str, ...] | None = None) -> Card:
         return _CARDS[name]
     wanted = _noun(kind)
     if name in _CARDS:
-        raise UnknownNameError(f"{name!r} is a {_CARDS[name].kind}, not a {wanted}; {wanted}s are: {', '.join(known)}")
+        own = _CARDS[name].kind
+        article = "an" if own[0] in "aeiou" else "a"
+        raise UnknownNameError(f"{name!r} is {article} {own}, not a {wanted}; {wanted}s are: {', '.join(known)}")
     raise UnknownNameError(f"there is no {wanted} {name!r}{nearest(name, known)}")
 
 

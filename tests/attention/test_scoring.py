@@ -8,8 +8,10 @@ from torch import Tensor
 
 from foveate.attention import Rope
 from foveate.attention.backends import cpp_scoring
+from foveate.attention.merge import merge
 from foveate.attention.scoring import (
     RotaryTable,
+    Rows,
     attend_rows,
     reads_in_place,
     slots_of,
@@ -17,6 +19,7 @@ from foveate.attention.scoring import (
     take_rows,
     top_mask,
     top_slots,
+    voted_slots,
 )
 from foveate.errors import OptionError, ShapeError
 
@@ -187,7 +190,7 @@ def test_attention_over_chosen_rows(
         scores = q.double() @ keys.repeat_interleave(group, 1).transpose(-1, -2) / 4
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         expected = scores.softmax(-1) @ rows[1].repeat_interleave(group, 1)
-        o, lse = attend_rows(q, k, v, index, table if turned else None, scale=0.25, softcap=softcap)
+        o, lse = attend_rows(Rows(q, k, v, index, table if turned else None), scale=0.25, softcap=softcap)
         assert o.dtype == dtype
         gate = GATES[dtype] * (1 if dtype != torch.float64 else 1e3)
         assert (o - expected).norm() <= gate * expected.norm()
@@ -197,20 +200,66 @@ def test_attention_over_chosen_rows(
 def test_attention_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(1, 6, 1, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
     every = torch.arange(50)[None]
-    torch.testing.assert_close(attend_rows(q, k, v, scale=0.25), attend_rows(q, k, v, every, scale=0.25))
+    found = attend_rows(Rows(q, k, v), scale=0.25)
+    torch.testing.assert_close(found, attend_rows(Rows(q, k, v, every), scale=0.25))
     monkeypatch.setenv("FOVEATE_BACKEND", "torch")
     assert not reads_in_place(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("same_strides", [True, False])
+def test_parts_make_one_softmax(dtype: torch.dtype, same_strides: bool, backend: str) -> None:
+    q = torch.randn(2, 6, 1, 16).to(dtype)
+    k, v = (torch.randn(2, 3, 800, size).to(dtype) for size in (16, 32))
+    index = torch.stack([torch.randperm(700)[:600].sort().values for _ in range(2)])
+    table = RotaryTable.of(Rope(16).rotate, torch.arange(600), k)
+    near = k[:, :, 700:] if same_strides else k[:, :, 700:].transpose(1, 2).contiguous().transpose(1, 2)
+    parts = Rows(q.flip(1), k, v, index, table), Rows(q, near, v[:, :, 700:])
+    o, lse = attend_rows(*parts, scale=0.25)
+    pairs = [attend_rows(part, scale=0.25) for part in parts]
+    expected, total = merge([o.double() for o, _ in pairs], [lse.double() for _, lse in pairs])
+    assert o.dtype == dtype
+    assert (o - expected).norm() <= GATES[dtype] * expected.norm()
+    torch.testing.assert_close(lse.double(), total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("first", "last", "kernel"), [(0, 0, 1), (4, 9, 1), (4, 9, 3)])
+def test_slots_that_heads_vote_for(dtype: torch.dtype, first: int, last: int, kernel: int, backend: str) -> None:
+    q, k = torch.randn(2, 6, 16).to(dtype), torch.randn(2, 3, 130, 16).to(dtype)
+    k[0, :, 20] = k[0, :, 50]
+    found = voted_slots(q, k, 0.5, first=first, last=last, count=40, kernel=kernel)
+    votes = softmax_votes(q, k[:, :, first : 130 - last], 0.5)[:, 0]
+    votes = torch.nn.functional.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
+    order = votes.argsort(dim=-1, descending=True, stable=True)[:, :40].sort(-1).values
+    assert torch.equal(found, torch.cat((torch.arange(first).expand(2, -1), order + first), 1))
+
+
+def test_votes_that_are_no_numbers_choose_the_lowest_slots(backend: str) -> None:
+    q, k = torch.randn(2, 6, 16), torch.randn(2, 3, 30, 16)
+    whole = voted_slots(q, k, 0.5, first=2, last=3, count=5)
+    k[0, 1, 17] = torch.nan
+    found = voted_slots(q, k, 0.5, first=2, last=3, count=5)
+    assert found[0].tolist() == list(range(7))
+    assert torch.equal(found[1], whole[1])
+
+
+def test_bad_votes_for_slots() -> None:
+    q, k = torch.randn(1, 6, 16), torch.randn(1, 3, 30, 16)
+    for given in ({"count": 29}, {"first": -1}, {"scale": 0.0}):
+        with pytest.raises(OptionError, match="numbers >= 0 of 30 keys together"):
+            voted_slots(q, k, **{"scale": 0.5, "first": 1, "last": 1, "count": 4, **given})  # type: ignore[arg-type]
 
 
 def test_bad_attention_over_rows() -> None:
     q, k, index = torch.randn(1, 6, 1, 16), torch.randn(1, 2, 9, 16), torch.zeros(1, 4, dtype=torch.int64)
     table = RotaryTable.of(Rope(16).rotate, torch.arange(5), k)
     with pytest.raises(ShapeError, match="a table of 5 positions, allowed: 4, one per row"):
-        attend_rows(q, k, k, index, table, scale=1.0)
+        Rows(q, k, k, index, table)
     with pytest.raises(ShapeError, match="a table of 5 positions, allowed: one with an index"):
-        attend_rows(q, k, k, None, table, scale=1.0)
+        Rows(q, k, k, None, table)
     with pytest.raises(ShapeError):
-        attend_rows(q, k, k, index.expand(2, -1), scale=1.0)
+        Rows(q, k, k, index.expand(2, -1))
 
 
 def test_other_layouts_have_no_table() -> None:

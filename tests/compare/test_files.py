@@ -57,10 +57,13 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_place_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_file(tmp_path / "new" / "a.json") == tmp_path / "new" / "a.json"
-    assert os.listdir(tmp_path / "new") == []
-    with pytest.raises(ResultsError, match="new is a folder, and a file is needed"):
-        check_file(tmp_path / "new")
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ResultsError, match="is a folder, and a file is needed"):
+        check_file(tmp_path)
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ResultsError, match=r"a\.json cannot be written \(Not a directory\); name another place"):
+        check_file(tmp_path / "mine" / "a.json")
+    monkeypatch.setattr("tempfile.mkdtemp", full)
     with pytest.raises(ResultsError, match=r"a\.json cannot be written \(No space left on device\)"):
         check_file(tmp_path / "a.json")
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from foveate.compare.measure import Measured, Ways, measure, warm_up
+from foveate.compare.measure import Measured, Ways, _together, measure, warm_up
 from foveate.compare.memory import quick_collections
-from foveate.compare.subject import Subject, kept_shares, on
+from foveate.compare.subject import Figures, Subject, kept_shares, on
 from foveate.errors import FoveateError
 from foveate.tasks.base import Example, Turn
 
@@ -169,6 +169,37 @@ def test_an_evicting_method_holds_less_and_says_where(model: Any) -> None:
     assert all(len(heads) == 2 and all(len(bins) == 64 for bins in heads) for heads in figures.kept)
     # The window and what came after it stay; the bins before lost something.
     assert all(bins[-1] == 1.0 and min(bins) < 1.0 for heads in figures.kept for bins in heads)
+
+
+COLD = "retrieval-attention:index=flat,sinks=2,window=8,budget=6,recall=1"
+
+
+def test_host_bytes_and_recall_of_a_method_with_a_tier_and_an_index(model: Any) -> None:
+    figures = run(model, COLD, example(), min_decode_tokens=0).figures
+    # Of 129 tokens, sinks and window stay: keys and values, 3 layers, 2 heads, width 16, float32.
+    cold = len(CONTEXT) + len(QUESTIONS[0]) + 5 - 2 - 8
+    assert figures.host_bytes is not None
+    assert 2 * 3 * 2 * 16 * 4 * cold <= figures.host_bytes < figures.cache_bytes
+    # A flat index finds the best keys.
+    assert figures.recall == 1.0
+    unmeasured = run(model, COLD.replace("recall=1", "recall=0"), example(), min_decode_tokens=0).figures
+    assert unmeasured.host_bytes is not None
+    assert unmeasured.recall is None
+
+
+@pytest.mark.parametrize("method", ["dense", "full", "snapkv:budget=40,window=8"])
+def test_methods_without_a_tier_or_an_index_have_none(model: Any, method: str) -> None:
+    figures = run(model, method, example(), min_decode_tokens=0).figures
+    assert (figures.host_bytes, figures.recall) == (None, None)
+
+
+def test_several_requests_have_the_mean_recall_and_the_largest_caches_bytes() -> None:
+    def of(held: int, host: int | None, recall: float | None) -> Figures:
+        return Figures(held, 1.0, 1.0, 1.0, [[1.0]], 1, host_bytes=host, recall=recall)
+
+    both = _together([of(10, 4, 0.5), of(30, 9, None), of(20, 6, 1.0)])
+    assert (both.cache_bytes, both.host_bytes, both.recall) == (30, 9, 0.75)
+    assert _together([of(10, None, None)]).recall is None
 
 
 class Held:

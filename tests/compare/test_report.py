@@ -215,3 +215,31 @@ def test_the_page_follows_width_and_colour_scheme(browser: Any, reports: dict[st
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert opened.problems == []
     opened.close()
+
+
+@pytest.mark.browser
+def test_host_bytes_and_recall_have_columns_where_some_method_has_them(
+    browser: Any, reports: dict[str, Path], tmp_path: Path
+) -> None:
+    results = made_up(layers=6, lengths=(2048,), refused=REFUSED)
+    for row in results["rows"]:
+        searched = row["method"].startswith("quest")
+        row["host_bytes"], row["recall"] = (30 * 2**20, 0.931) if searched else (None, None)
+    (tmp_path / "cold.html").write_text(report_html(results), encoding="utf-8")
+    for path, has in ((tmp_path / "cold.html", True), (reports["one length"], False)):
+        opened = Opened(browser, path, 390)
+        for table in ("glance", "rows"):
+            heads = opened.page.locator(f"#{table} thead th").all_inner_texts()
+            assert ("on host" in heads, "recall" in heads) == (has, has)
+            lines = opened.page.evaluate(
+                f"[...document.querySelectorAll('#{table} tbody tr')].map(r => [...r.cells].map(e => e.textContent))"
+            )
+            assert {len(line) for line in lines} == {len(heads)}
+            if has:
+                at = heads.index("on host"), heads.index("recall")
+                told = {(line[at[0]], line[at[1]]) for line in lines if line[0].startswith("quest")}
+                assert told == {("30.0 MiB", "0.931")}
+                assert {line[at[0]] for line in lines if not line[0].startswith("quest")} == {"–"}
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert opened.problems == []
+        opened.close()

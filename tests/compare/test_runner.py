@@ -26,7 +26,8 @@ SNAP = "snapkv:budget=96,window=16"
 FIGURES = ("score", "perplexity", "ttft_s", "decode_tokens_per_s", "peak_bytes", "cache_bytes", "density")
 FIELDS = {
     "method", "task", "length", "seeds", "query_aware", *FIGURES, "prefill_density", "decode_density", "prompt_tokens",
-    "depths", "lengths_kept", "tokens_seen", "kept", "needles", "error", *(f"dense_{name}" for name in FIGURES),
+    "host_bytes", "recall", "depths", "lengths_kept", "tokens_seen", "kept", "needles", "error",
+    *(f"dense_{name}" for name in FIGURES),
 }  # fmt: skip
 
 
@@ -82,6 +83,34 @@ def test_full_equals_dense_and_snapkv_holds_its_budget(comparison: Comparison) -
         assert snap["cache_bytes"] < 0.5 * dense["cache_bytes"]
         assert snap["density"] < 1.0
         assert len(snap["kept"]) == 3
+
+
+def test_host_bytes_and_recall_are_in_every_cell_and_row(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    cold = "retrieval-attention:index=flat,sinks=4,window=16,budget=16,recall=1"
+    found = run(model, tokenizer, tmp_path, methods=[SNAP, cold])
+    cells = [json.loads(path.read_text())["cell"]["figures"] for path in (tmp_path / "cells").iterdir()]
+    assert len(cells) == 6
+    assert all({"host_bytes", "recall"} <= set(cell) for cell in cells)
+    dense, snap, searched = found.rows
+    assert [(row["host_bytes"], row["recall"]) for row in (dense, snap)] == [(None, None)] * 2
+    held = [cell["host_bytes"] for cell in cells if cell["host_bytes"] is not None]
+    assert len(held) == 2
+    assert searched["host_bytes"] == round(sum(held) / 2)
+    assert searched["recall"] == 1.0
+    again = run(model, tokenizer, tmp_path, methods=[SNAP, cold])
+    assert again.settings["cells_computed"] == 0
+    assert again.rows == found.rows
+
+
+def test_results_from_before_host_bytes_and_recall_can_be_shown(comparison: Comparison, tmp_path: Path) -> None:
+    data = json.loads(comparison.to_json(tmp_path / "results.json").read_text())
+    for row in data["rows"]:
+        del row["host_bytes"], row["recall"]
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    older = Comparison.load(tmp_path / "results.json")
+    shown = [[column.header for column in each.table().columns] for each in (older, comparison)]
+    assert shown[0] == shown[1]
+    assert older.report(tmp_path / "report.html").exists()
 
 
 def test_needle_depths_are_told_per_seed(comparison: Comparison) -> None:

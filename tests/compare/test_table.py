@@ -53,6 +53,29 @@ def test_refusals_are_told_below() -> None:
     assert "adakv:budget=512 refused: UnsupportedModelError: Tiny</script><b>Model</b> cannot be served" in text
 
 
+@pytest.mark.parametrize("width", [80, 110])
+def test_host_bytes_and_recall_have_a_column_where_some_method_has_them(width: int) -> None:
+    results = made_up(lengths=(2048,))
+    for row in results["rows"]:
+        row["host_bytes"], row["recall"] = None, None
+    without = printed(made_up(lengths=(2048,)), width)
+    assert printed(results, width) == without
+    assert not {"host", "call"} & set(without.split())
+    for task, row in enumerate(each for each in results["rows"] if each["method"].startswith("quest")):
+        row["host_bytes"], row["recall"] = (30 + task) * 2**20, (0.9, 0.95, None)[task]
+    text = printed(results, width)
+    # The means: of the tasks' 30, 31 and 32 MiB, and of what was measured.
+    assert next(line for line in text.splitlines() if line.startswith("quest:")).split()[-4:] == [
+        "31.0", "1.04", "0.900", "0.925",
+    ]  # fmt: skip
+    dense = next(line for line in text.splitlines() if line.startswith("dense")).split()
+    assert (dense[-4], dense[-1]) == ("-", "-")
+    for row in results["rows"]:
+        row["host_bytes"] = None
+    assert "host" not in printed(results, width).split()
+    assert "call" in printed(results, width).split()
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_it_fits_the_width_with_every_column(width: int) -> None:
     text = printed(made_up(), width=width)

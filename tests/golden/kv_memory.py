@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import Positions, Rope, Tokens, attend, merge, subtract
+from foveate.attention.quantize import dequantize, quantize
 from foveate.methods import SingleLayer
 from foveate.methods.calibrated import table_profile
-from foveate.methods.keep.kivi import Coded, Kivi, decode, encode
+from foveate.methods.keep.kivi import Kivi
 from foveate.methods.keep.moa import MoA, cache_sizes
 from foveate.methods.keep.spans import block_influence, candidate_rules, densities, influence, masked_loss
 from foveate.methods.profile import ModelIdentity
@@ -123,9 +124,9 @@ def longheads_stream(config: Config, tensors: Tensors) -> Tensors:
 def kivi_quantize(config: Config, tensors: Tensors) -> Tensors:
     out = {}
     for name, dim in (("k", 2), ("v", 3)):
-        coded: Coded = encode(tensors[name], config["bits"], config["group"], dim)
+        coded = quantize(tensors[name], config["bits"], config["group"], dim)
         out |= {f"{name}_code": coded.code, f"{name}_scale": coded.scale, f"{name}_min": coded.least}
-        out[f"{name}_dequant"] = decode(coded, config["bits"], config["group"], dim)
+        out[f"{name}_dequant"] = dequantize(coded, config["bits"], config["group"], dim)
     return out
 
 

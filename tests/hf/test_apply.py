@@ -287,7 +287,7 @@ def test_unknown_names_options_and_budgets() -> None:
             apply(model, "snapkv", budget=budget)
     with pytest.raises(OptionError, match="NAME:option=value"):
         apply(model, "snapkv:32")
-    with pytest.raises(CompositionError, match="not a method"):
+    with pytest.raises(UnknownNameError, match="'passkey' is a task, not a method; methods are: "):
         apply(model, "full+passkey")
     with pytest.raises(UnsupportedModelError, match="already applied"), apply(model):
         apply(model, SNAP)

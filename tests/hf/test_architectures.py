@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from foveate.errors import UnsupportedCacheError, UnsupportedModelError
-from foveate.hf import apply, rope
+from foveate.errors import UnsupportedModelError
+from foveate.hf import apply, compat, rope
 from foveate.hf.modules import attention_modules, decoder_of
 from foveate.methods import create
 from tests.models import GREEDY, HYBRID, prompts, tiny
@@ -219,24 +221,54 @@ def test_shared_keys_are_refused_at_apply() -> None:
         apply(model, "full")
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "why"),
-    [
-        # Older versions give it a cache class of its own, which is known when it comes.
-        ("falcon_h1", {}, "keeps its keys in a .*, which foveate cannot take over|a foreign cache"),
-        (
-            "llama4_text",
-            {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 64},
-            "a sliding window or chunk of its own",
-        ),
-    ],
-)
-def test_why_nothing_can_be_acted_on(family: str, options: dict[str, Any], why: str) -> None:
-    model = tiny(family, **options)
-    ids, _ = prompts(rows=1, pads=(0,))
-    refused = (UnsupportedModelError, UnsupportedCacheError)
-    with pytest.raises(refused, match=why), apply(model, "snapkv:budget=24,window=8"):
-        generate(model, ids)
+@pytest.mark.parametrize("method", ["full", "snapkv:budget=24,window=8"])
+def test_recurrent_states_beside_keys_are_refused_at_apply(method: str) -> None:
+    model = tiny("falcon_h1")
+    # Newer versions have a layer for both, older ones a cache class of the model's own.
+    why = r"falcon_h1 \(FalconH1ForCausalLM\) keeps its .*(Layer|Cache).*, which foveate cannot take over.*; allowed: "
+    with pytest.raises(UnsupportedModelError, match=why):
+        apply(model, method)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_cache_class_of_the_models_own_is_refused_at_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hybrid models of older versions have it."""
+    model = tiny()
+    home = sys.modules[type(model).__module__]
+    own = type("LlamaHybridDynamicCache", (), {"__module__": home.__name__, "get_seq_length": lambda self: 0})
+    monkeypatch.setattr(home, own.__name__, own, raising=False)
+    with pytest.raises(
+        UnsupportedModelError, match=r"llama \(LlamaForCausalLM\) keeps its text in a LlamaHybridDynamic"
+    ):
+        apply(model, "full")
+    served = type("LlamaDynamicCache", (DynamicCache,), {"__module__": home.__name__})
+    monkeypatch.delattr(home, own.__name__)
+    monkeypatch.setattr(home, served.__name__, served, raising=False)
+    apply(model, "full")
+
+
+class OwnLayer(DynamicLayer):
+    """Storage that foveate does not know."""
+
+
+@pytest.mark.parametrize(("strange", "told"), [([0, 1, 2], "every attention layer"), ([1, 2], r"layers \[1, 2\]")])
+def test_layers_of_another_storage_are_refused_at_apply(
+    strange: list[int], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cache(config: Any) -> DynamicCache:
+        made = DynamicCache()
+        made.layers += [OwnLayer() if index in strange else DynamicLayer() for index in range(3)]
+        return made
+
+    monkeypatch.setattr(compat, "new_dynamic_cache", cache)
+    with pytest.raises(UnsupportedModelError, match=f"{told} of llama .* keeps its keys in a OwnLayer, which foveate"):
+        apply(tiny(), "full")
+
+
+def test_why_nothing_can_be_acted_on() -> None:
+    experts = {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 64}
+    with pytest.raises(UnsupportedModelError, match="a sliding window or chunk of its own"):
+        apply(tiny("llama4_text", **experts), "snapkv:budget=24,window=8")
 
 
 def test_a_long_mask_is_a_mask() -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
+import warnings
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from foveate import registry
-from foveate.errors import CompositionError, ShapeError, StateError, UnsupportedModelError
+from foveate.errors import ShapeError, StateError, UnknownNameError, UnsupportedModelError
 from foveate.hf import apply
-from foveate.hf.compat import cache_keyword
+from foveate.hf.compat import cache_keyword, cache_of
+from foveate.hf.subject import ModelSubject
 from foveate.methods import create
 from tests.methods.bound import bind_profile
 from tests.models import GREEDY, prompts, tiny
@@ -218,7 +222,7 @@ def test_what_is_no_method(method: Any, model: Any) -> None:
 @pytest.mark.parametrize("name", ["landmark", "softmax"])
 def test_mixers_are_no_methods(name: str, model: Any) -> None:
     """Even those whose options are required."""
-    with pytest.raises(CompositionError, match=f"'{name}' is a mixer, not a method; methods are: "):
+    with pytest.raises(UnknownNameError, match=f"'{name}' is a mixer, not a method; methods are: "):
         apply(model, name)
 
 
@@ -238,3 +242,30 @@ def test_attaching_over_another(model: Any) -> None:
         forward(model, ids)
     assert not model._forward_pre_hooks
     assert not model.model._forward_hooks
+
+
+def test_caches_are_named_as_transformers_does_now(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer versions warn of the old name, an output's too when it is asked for by it."""
+    ids, _ = prompts(rows=1, pads=(0,))
+    said: list[str] = []
+    logger = logging.getLogger("transformers.utils.generic")
+    monkeypatch.setattr(logger, "warning_once", lambda message, *args, **options: said.append(message), raising=False)
+    subject = ModelSubject(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        with apply(model, SNAP) as run, torch.no_grad():
+            model(ids, use_cache=False)
+            forward(model, ids, run.new_cache())
+            model.generate(ids, **GREEDY)
+            model.generate(ids, use_cache=False, **GREEDY)
+        with subject.session(lambda step: None) as session:
+            session.feed(ids)
+    assert said == []
+
+
+def test_an_output_without_a_cache_has_none() -> None:
+    held = object()
+    assert cache_of({"past_key_values": None, "logits": torch.zeros(1)}) is None
+    assert cache_of({"logits": torch.zeros(1), "past_key_values": held}) is held
+    assert cache_of({"layer_past": held, "cache": None}) is held
+    assert cache_of(CausalLMOutputWithPast(logits=torch.zeros(1))) is None

@@ -24,7 +24,7 @@ def decode(n: int, listed: int | None = None, d: int = 128, planned: bool = Fals
 def topk(n: int, k: int, dtype: torch.dtype) -> None:
     from foveate.attention.backends.triton.topk import topk_select
 
-    topk_select(torch.empty(8, n, dtype=dtype), k)
+    topk_select(torch.empty(8, n, dtype=dtype), k, finite=True)
 
 
 def empty_plan(n: int, block: int, columns: int = 0):
@@ -49,12 +49,12 @@ def blocks(n: int, block: int = 128, d: int = 128, columns: int = 0, **config) -
     block_flash_fwd(q, k, k, plan, config=BlockConfig(**config) if config else None)
 
 
-def gradients(n: int, block: int = 128, d: int = 128, config=None) -> None:
+def gradients(n: int, block: int = 128, d: int = 128, columns: int = 0, config=None) -> None:
     from foveate.attention.backends.triton.block_flash_bwd import block_flash_bwd
 
     q = torch.empty(1, 32, n, d, dtype=BF16)
     k = torch.empty(1, 8, n, d, dtype=BF16)
-    block_flash_bwd(q, None, q, k, k, q, torch.empty(1, 32, n), empty_plan(n, block), config=config)
+    block_flash_bwd(q, None, q, k, k, q, torch.empty(1, 32, n), empty_plan(n, block, columns), config=config)
 
 
 def reduction(m: int, n: int, d: int = 128) -> None:
@@ -112,6 +112,10 @@ CASES: dict[str, Callable[[], None]] = {
     "gradients of 64": partial(gradients, 32768, 64),
     "gradients D64": partial(gradients, 32768, d=64),
     "gradients D256": partial(gradients, 32768, d=256),
+    "gradients and columns": partial(gradients, 32768, columns=512),
+    "gradients of 64 and columns": partial(gradients, 32768, 64, columns=512),
+    "gradients and columns D64": partial(gradients, 32768, d=64, columns=512),
+    "gradients and columns D256": partial(gradients, 32768, d=256, columns=512),
     "reduction of 64 queries": partial(reduction, 64, 131072),
     "reduction of all queries": partial(reduction, 32768, 32768),
     "last queries": partial(last_queries, 131072),

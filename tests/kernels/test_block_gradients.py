@@ -11,7 +11,6 @@ from foveate.attention.backends.triton import block_flash_bwd as module
 from foveate.attention.backends.triton.block_flash import block_flash_fwd
 from foveate.attention.backends.triton.block_flash_bwd import block_flash_bwd
 from foveate.attention.backends.triton.configs import BackwardConfig, BlockConfig
-from foveate.errors import PlanError
 from tests.kernels.definitions import DEVICE, causal_counts, error, poison
 from tests.kernels.test_block_flash import draw, draw_plan
 
@@ -104,14 +103,6 @@ def test_strided_inputs_and_repeatability():
     o, lse = block_flash_fwd(q, k, v, plan)
     once, again = (block_flash_bwd(o, None, q, k, v, o, lse, plan, config=SMALL) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again))
-
-
-def test_columns_are_refused():
-    q, k, v = draw()
-    plan, _ = draw_plan(100, 100, columns=5)
-    o, lse = block_flash_fwd(q, k, v, plan)
-    with pytest.raises(PlanError, match="columns"):
-        block_flash_bwd(o, None, q, k, v, o, lse, plan)
 
 
 def test_transposed_lists():

@@ -13,6 +13,7 @@ from foveate.attention.backends.triton.gather_decode import gather_decode
 from foveate.attention.backends.triton.kv_compact import kv_compact
 from foveate.attention.backends.triton.last_queries import column_and_diagonal_mass
 from foveate.attention.backends.triton.recurrent_step import recurrent_step
+from foveate.attention.backends.triton.scan_ops import linear_scan
 from foveate.attention.backends.triton.topk import topk_select
 from foveate.errors import ShapeError
 from tests.kernels.definitions import DEVICE
@@ -138,3 +139,17 @@ def test_what_cannot_be_cut_is_named(monkeypatch):
     for batch, tokens, offsets in ((4, 8, None), (1, 8, (0, 2, 4, 6, 8)), (1, 8, (0, 0, 0, 0, 8))):
         with pytest.raises(ShapeError, match="4 sequences in . pieces, allowed: at most 3 of both"):
             scan_launch.Cut.plan(batch, tokens, offsets, chunk=16, pieces=1, device=torch.device(DEVICE))
+
+
+@pytest.mark.parametrize(("batch", "offsets"), [(1, None), (3, None), (0, None), (1, (0, 0)), (1, (0, 0, 0))])
+def test_no_token_at_all_is_refused(batch, offsets):
+    with pytest.raises(ShapeError, match="T = 0, allowed: at least one token"):
+        scan_launch.Cut.plan(batch, 0, offsets, chunk=16, pieces=1, device=torch.device(DEVICE))
+
+
+def test_an_empty_batch_has_no_pieces():
+    cut = scan_launch.Cut.plan(0, 40, None, chunk=16, pieces=0, device=torch.device(DEVICE))
+    assert (cut.sequences, cut.total, cut.pieces, cut.split) == (0, 0, 0, False)
+    q = draw(0, 40, 2, 16)
+    o, final, _ = linear_scan(q, q, q, None, None, 1.0, None, False, False)
+    assert (o.shape, final.shape) == (q.shape, (0, 2, 16, 16))

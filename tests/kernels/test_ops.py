@@ -13,7 +13,7 @@ from foveate.attention.backends.triton import ops
 from foveate.attention.backends.triton.block_flash import block_flash_fwd
 from foveate.attention.backends.triton.gather_decode import gather_decode
 from foveate.attention.merge import merge as merge_reference
-from foveate.errors import BackendError, PlanError
+from foveate.errors import BackendError
 from tests.kernels.definitions import DEVICE, causal_counts, error
 from tests.kernels.test_block_flash import draw, draw_plan
 from tests.kernels.test_block_gradients import definition
@@ -37,13 +37,16 @@ def test_opcheck_block_flash(gradients):
     opcheck(torch.ops.foveate.block_flash.default, arguments)
 
 
-def test_opcheck_block_flash_with_columns():
+@pytest.mark.parametrize("gradients", [False, True])
+def test_opcheck_block_flash_with_columns(gradients):
+    q, k, v = (x.requires_grad_(gradients) for x in draw(M=32, N=32))
     plan, _ = draw_plan(32, 32, block_m=16, block_n=16, columns=5)
-    rows, lists = plan_arguments(plan, False)
+    rows, lists = plan_arguments(plan, gradients)
     own = ops.stripes(plan, True)
     columns = (own.column, own.bits, own.free, own.cut)
-    arguments = (*draw(M=32, N=32), *rows, *columns, *lists, None, 1, 4, 16, 16, 0.2, True, None)
-    opcheck(torch.ops.foveate.block_flash.default, arguments, test_utils=NO_GRADIENTS)
+    sink = torch.randn(4, device=DEVICE, requires_grad=gradients)
+    arguments = (q, k, v, *rows, *columns, *lists, sink, 1, 4, 16, 16, 0.2, True, None)
+    opcheck(torch.ops.foveate.block_flash.default, arguments)
 
 
 def test_opcheck_gather_decode():
@@ -66,9 +69,10 @@ def test_opcheck_merge():
     opcheck(torch.ops.foveate.merge.default, (parts, lses))
 
 
-def test_gradients_of_block_flash():
+@pytest.mark.parametrize("columns", [0, 9])
+def test_gradients_of_block_flash(columns):
     q, k, v = draw(M=50, N=50)
-    plan, means = draw_plan(50, 50, heads=2)
+    plan, means = draw_plan(50, 50, heads=2, columns=columns)
     sink = torch.randn(4, device=DEVICE)
     leaves = [x.requires_grad_() for x in (q, k, v, sink)]
     o, lse = ops.block_flash(q, k, v, plan, sink=sink, softcap=4.0)
@@ -109,10 +113,19 @@ def test_gradients_that_do_not_exist_are_refused():
     o, _ = ops.gather_decode(q.requires_grad_(), k, v)
     with pytest.raises(BackendError, match="no gradients"):
         o.sum().backward()
-    q, k, v = draw()
-    plan, _ = draw_plan(100, 100, columns=4)
-    with pytest.raises(PlanError, match="columns has no gradients"):
-        ops.block_flash(q.requires_grad_(), k, v, plan)
+
+
+def test_a_sink_alone_may_learn():
+    q, k, v = draw(M=40, N=40)
+    plan, means = draw_plan(40, 40, columns=9)
+    sink = torch.randn(4, device=DEVICE, requires_grad=True)
+    o, _ = ops.block_flash(q, k, v, plan, sink=sink)
+    do = torch.randn_like(o)
+    exact = sink.detach().double().requires_grad_()
+    allowed = means & (causal_counts(1, 1, 40, 40) > 0)
+    want_o, _ = definition(q.double(), k.double(), v.double(), allowed, sink=exact)
+    (got,), (want,) = (torch.autograd.grad((each * do).sum(), leaf) for each, leaf in ((o, sink), (want_o, exact)))
+    assert error(got, want) <= 2e-5
 
 
 def test_compiled_without_graph_breaks():
@@ -130,9 +143,10 @@ def test_compiled_without_graph_breaks():
     assert torch.equal(compiled(q, k, v), step(q, k, v))
 
 
-def test_compiled_training_without_graph_breaks():
+@pytest.mark.parametrize("columns", [0, 5])
+def test_compiled_training_without_graph_breaks(columns):
     q, k, v = (x.requires_grad_() for x in draw(M=32, N=32))
-    plan, _ = draw_plan(32, 32, block_m=16, block_n=16)
+    plan, _ = draw_plan(32, 32, block_m=16, block_n=16, columns=columns)
     assert plan.by_keys is plan.by_keys
 
     def step(q, k, v):

@@ -21,20 +21,23 @@ def why(form: str, T: int, dtype: torch.dtype, *, k: int = 64, learned: bool = F
 @pytest.mark.parametrize("form", ["none", "fixed", "scalar", "vector"])
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_bfloat16_runs(form, T, normalize):
-    assert why(form, T, torch.bfloat16, normalize=normalize) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_found_correct_runs(form, T, normalize, dtype):
+    assert why(form, T, dtype, normalize=normalize) is None
 
 
 def test_what_was_not_checked_says_so():
-    assert "single steps in torch.float16" in why("none", 1, torch.float16)
-    assert "normalisation in torch.float16" in why("none", 5, torch.float16, normalize=True)
-    assert "scans in torch.float32" in why("none", 5, torch.float32)
-    assert why("none", 5, torch.float16) is None
     assert "K = 256 > 128" in why("none", 5, torch.bfloat16, k=256, normalize=True)
+    assert why("none", 5, torch.float32, k=256) is None
 
 
 def test_what_was_found_to_err_says_so():
     assert "K = 16 < 32" in why("scalar-delta", 5, torch.bfloat16, k=16)
+    assert why("scalar-delta", 5, torch.float32, k=16) is None
     assert why("scalar-delta", 1, torch.bfloat16, k=16) is None
-    assert "fixed decays" in why("fixed", 5, torch.bfloat16, learned=True, normalize=True)
-    assert why("fixed", 5, torch.bfloat16, learned=True) is None
+    for given in ({"form": "fixed", "normalize": True}, {"form": "scalar-delta"}):
+        assert "gradients of decays" in why(**given, T=5, dtype=torch.bfloat16, k=48, learned=True)
+        assert why(**given, T=5, dtype=torch.bfloat16, k=64, learned=True) is None
+        assert why(**given, T=5, dtype=torch.float32, k=48, learned=True) is None
+        assert why(**given, T=5, dtype=torch.bfloat16, k=48) is None
+    assert why("fixed", 5, torch.bfloat16, k=48, learned=True) is None

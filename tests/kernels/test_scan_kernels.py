@@ -224,7 +224,6 @@ def test_what_the_kernels_refuse():
     assert "float64" in scan.why_not(make(double))
     assert "scale = 0" in scan.why_not(make(inputs("none", 4), scale=0.0))
     assert scan.why_not(make(inputs("scalar-delta", 4))) is None
-    assert "not checked on a GPU" in scan.unchecked(make(inputs("scalar-delta", 4)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -21,7 +21,7 @@ from foveate.attention.backends.triton.block_flash import block_flash_fwd
 from foveate.attention.backends.triton.block_flash_bwd import block_flash_bwd
 from foveate.attention.backends.triton.configs import BackwardConfig, BlockConfig
 from foveate.attention.call import Call
-from foveate.errors import PlanError, ShapeError
+from foveate.errors import ShapeError
 from tests.kernels.compiling import compiled
 from tests.kernels.definitions import DEVICE, GATES, causal_counts, error, poison
 from tests.kernels.test_block_flash import draw, draw_plan
@@ -181,21 +181,20 @@ def test_what_does_not_go_together_is_named():
     plan, _ = draw_plan(100, 100, columns=4)
     with pytest.raises(ShapeError, match="sink with a bias"):
         block_flash_fwd(q, k, v, plan, bias=BIAS, sink=torch.zeros(4, device=DEVICE))
-    with pytest.raises(PlanError, match="columns has no gradients"):
-        ops.block_flash(q.requires_grad_(), k, v, plan, bias=BIAS)
 
 
 # The operator.
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_opcheck(gradients):
+@pytest.mark.parametrize("gradients, columns", [(False, 0), (True, 0), (True, 5)])
+def test_opcheck(gradients, columns):
     q, k, v = (x.requires_grad_(gradients) for x in draw(M=32, N=32))
-    plan, _ = draw_plan(32, 32, block_m=16, block_n=16)
+    plan, _ = draw_plan(32, 32, block_m=16, block_n=16, columns=columns)
     keys = plan.by_keys
     listed = (keys.ptr, keys.row, keys.n_masked, keys.order) if gradients else (None,) * 4
     rows = (plan.row_ptr, plan.col, plan.n_full, plan.order)
-    arguments = (q, k, v, *rows, *[None] * 4, *listed, None, 1, 4, 16, 16, 0.2, True, 3.0, BIAS)
+    single = vars(ops.stripes(plan, True)).values() if columns else (None,) * 4
+    arguments = (q, k, v, *rows, *single, *listed, None, 1, 4, 16, 16, 0.2, True, 3.0, BIAS)
     opcheck(torch.ops.foveate.block_flash.default, arguments)
 
 

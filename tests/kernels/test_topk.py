@@ -22,15 +22,15 @@ CHUNKED = pytest.mark.parametrize("config", [CUT, WHOLE, PARTS], ids=["chunks of
 CONFIGS = pytest.mark.parametrize("config", [None, CUT, WHOLE], ids=["one block", "chunks of blocks", "chunks"])
 
 
-def expected(scores: torch.Tensor, k: int, length=None) -> torch.Tensor:
+def expected(scores: torch.Tensor, k: int, length=None, finite=False) -> torch.Tensor:
     rows = []
     for r, row in enumerate(scores.double()):
         n = row.numel() if length is None else int(length[r])
         row = row[:n].masked_fill(row[:n].isnan(), -torch.inf)
-        # Among equal scores NaN comes last, as it is the lowest.
-        order = torch.sort(row, descending=True, stable=True).indices
-        nan = scores[r, :n].isnan()[order]
-        order = torch.cat((order[~nan], order[nan]))[:k].sort().values
+        order = torch.sort(row, descending=True, stable=True).indices[:k]
+        if finite:
+            order = order[row[order] > -torch.inf]
+        order = order.sort().values
         rows.append(torch.nn.functional.pad(order, (0, k - order.numel()), value=-1))
     return torch.stack(rows).to(torch.int32)
 
@@ -78,6 +78,30 @@ def test_lengths_and_absent_entries(config):
     scores[2, 7:] = torch.inf
     got = topk_select(scores, 64, length=length, config=config)
     assert torch.equal(got, expected(scores, 64, length))
+
+
+@pytest.mark.parametrize(
+    "config, dtype",
+    [
+        (None, torch.float32), (None, torch.bfloat16), (None, torch.float16),
+        (CUT, torch.float32), (WHOLE, torch.bfloat16), (PARTS, torch.float32),
+    ],
+)  # fmt: skip
+def test_entries_that_are_not_finite_are_not_taken(config, dtype):
+    scores = torch.randn(7, 400, device=DEVICE).to(dtype)
+    scores[1] = -torch.inf
+    scores[2, 70:] = -torch.inf
+    scores[3] = scores[3].masked_fill(torch.rand(400, device=DEVICE) < 0.9, -torch.inf)
+    scores[4, ::2] = torch.nan
+    scores[4, 1::4] = -torch.inf
+    scores[5] = torch.nan
+    scores[6] = scores[6].sign().masked_fill(torch.rand(400, device=DEVICE) < 0.8, -torch.inf)
+    for k in (70, 71, 400):
+        got = topk_select(scores, k, finite=True, config=config)
+        assert torch.equal(got, expected(scores, k, finite=True))
+    length = torch.tensor([333, 0, 7, 130, 400, 64, 300], device=DEVICE)
+    got = topk_select(scores, 71, length=length, finite=True, config=config)
+    assert torch.equal(got, expected(scores, 71, length, finite=True))
 
 
 def sampled_positions(n: int) -> torch.Tensor:

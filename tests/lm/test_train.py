@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import foveate
 from foveate.errors import DataError, OptionError, ResultsError, UnknownNameError
 from foveate.lm import HybridLM
 from foveate.lm.train import make_data, recall_accuracy, train
@@ -55,6 +59,18 @@ def test_a_run_on_a_task(tmp_path):
     model = HybridLM.from_pretrained(tmp_path / "run" / "model")
     assert record["state_bytes"] == result.state_bytes == model.state_bytes(1, 16)
     assert model.config.vocab_size == 32
+
+
+def test_a_result_says_with_what_by_which_command_and_when_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/usr/bin/foveate", "train", "/home/me/run.toml"])
+    before = datetime.now(UTC).replace(microsecond=0)
+    train(config(tmp_path / "run"))
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["command"] == "foveate train run.toml"
+    assert before <= datetime.fromisoformat(record["date"]) <= datetime.now(UTC)
+    expected = {"python": platform.python_version(), "torch": torch.__version__, "foveate": foveate.__version__}
+    assert record["versions"] == {**expected, "transformers": transformers.__version__}
 
 
 def test_a_run_on_text(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from foveate.compare.matrix import Matrix
 from foveate.errors import CompositionError, OptionError, UnknownNameError
 from foveate.methods import Method, create
 from foveate.methods.base import Composed
@@ -87,3 +88,14 @@ def test_numbers_of_numpy_are_numbers() -> None:
         SnapKV(budget=np.float64(70))
     with pytest.raises(OptionError, match="allowed: a value of type int"):
         SnapKV(budget=np.bool_(True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", ["passkey", "landmark", "snapkv+softmax", "snapvk", "snapkv+nope"])
+def test_a_name_that_is_no_methods_is_refused_in_one_way(spec: str) -> None:
+    """Also where the options of what it names are required."""
+    errors = []
+    for make in (create, lambda each: Matrix.of([each], ["passkey"], 64, 1)):
+        with pytest.raises(UnknownNameError, match="method") as caught:
+            make(spec)
+        errors.append(str(caught.value))
+    assert len(set(errors)) == 1

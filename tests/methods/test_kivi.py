@@ -9,7 +9,7 @@ from torch import Tensor
 from foveate.attention import attend
 from foveate.errors import CompositionError, OptionError, ShapeError
 from foveate.methods import SingleLayer, create
-from foveate.methods.keep.kivi import Kivi, decode, encode, pack, unpack
+from foveate.methods.keep.kivi import Kivi
 from foveate.methods.profile import ModelIdentity
 
 SMALL = {"bits": 2, "group": 16, "residual": 16}
@@ -66,43 +66,6 @@ def test_steps_equal_tensors_coded_in_place(sizes: list[int]) -> None:
         torch.testing.assert_close(out, reference(qkv, sizes, method), rtol=1e-6, atol=1e-6)
         assert layer.cache.stored == min(16, sum(sizes))
         assert layer.cache.seen == sum(sizes)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("dim", [2, 3])
-def test_codes(bits: int, dim: int) -> None:
-    x = torch.randn(2, 2, 64, 64)
-    coded = encode(x, bits, 32, dim)
-    assert coded.code.dtype == torch.int32
-    assert coded.code.numel() == x.numel() * bits // 32
-    made = decode(coded, bits, 32, dim)
-    scale = coded.scale.repeat_interleave(32, dim)
-    assert bool(((x - made).abs() <= scale / 2 + 1e-5).all())
-    torch.testing.assert_close(made[:1, :1], there_and_back(x[:1, :1], bits, 32, dim), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_takes_the_nearest_code_of_the_stored_scales(dtype: torch.dtype) -> None:
-    x = torch.randn(1, 2, 64, 32).to(dtype)
-    coded = encode(x, 2, 32, 2)
-    assert coded.scale.dtype == coded.least.dtype == decode(coded, 2, 32, 2).dtype == dtype
-    scale, least = (each.float().repeat_interleave(32, 2) for each in (coded.scale, coded.least))
-    levels = least + scale * torch.arange(4).view(4, 1, 1, 1, 1)
-    nearest = (levels - x.float()).abs().amin(0)
-    made = least + scale * unpack(coded.code, 2, 2)
-    torch.testing.assert_close((made - x.float()).abs(), nearest, rtol=0, atol=1e-5)
-
-
-def test_words_hold_the_first_number_in_their_lowest_bits() -> None:
-    code = torch.tensor([3, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3]).view(1, 1, 1, 16).int()
-    word = pack(code, 2, 3)
-    assert word.item() == 0b10010011 - 2**30
-    assert torch.equal(unpack(word, 2, 3), code)
-
-
-def test_equal_numbers_decode_exactly() -> None:
-    x = torch.full((1, 1, 32, 16), 0.7)
-    assert torch.equal(decode(encode(x, 2, 32, 2), 2, 32, 2), x)
 
 
 def test_eight_bits_are_nearly_exact_and_two_are_not() -> None:

@@ -64,13 +64,31 @@ def test_attended_chunks_by_softmax_written_out(per_query_head: bool) -> None:
                 torch.testing.assert_close(made[b, h, c], ((u @ own.T) * 0.3).softmax(-1) @ own)
 
 
-def test_longheads_represents_chunks_so() -> None:
-    rope, method = Rope(16), LongHeads(chunk=4, length=12, start=12)
-    q, k, v = torch.randn(1, 4, 12, 16), torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
+@pytest.mark.parametrize("per_query_head", [False, True])
+def test_longheads_represents_chunks_so(per_query_head: bool) -> None:
+    """The chunk keys of its definition, from vectors before rotation: each chunk's stand at places 0 to w - 1."""
+    D, w, scale, rope = 16, 4, 0.25, Rope(16)
+    q, k, v = (torch.randn(1, heads, 12, D, dtype=torch.float64) for heads in (4, 2, 2))
     at = torch.arange(12)[None]
-    inside = [rope.rotate(rope.unrotate(x, at), at % 4).unflatten(2, (3, 4)) for x in (q, k)]
-    made = attended(*inside, v.unflatten(2, (3, 4)), scale=0.25)
-    torch.testing.assert_close(made, method.chunk_keys(q, k, v, rope, 0.25))
+    method = LongHeads(chunk=w, length=12, start=12, per_query_head=per_query_head)
+    made = method.chunk_keys(rope.rotate(q, at), rope.rotate(k, at), v, rope, scale)
+    assert made.shape == (1, 4 if per_query_head else 2, 3, D)
+    for chunk in range(3):
+        own = slice(chunk * w, chunk * w + w)
+        turned_q, turned_k = (rope.rotate(x[:, :, own], torch.arange(w)[None])[0] for x in (q, k))
+        asked = []
+        for head in range(4):
+            rows = []
+            for row in range(w):
+                weights = torch.stack([turned_q[head, row] @ key * scale for key in turned_k[head // 2]]).exp()
+                rows.append((weights / weights.sum()) @ v[0, head // 2, own])
+            asked.append(sum(rows) / w)
+        if not per_query_head:
+            asked = [(asked[0] + asked[1]) / 2, (asked[2] + asked[3]) / 2]
+        for head, u in enumerate(asked):
+            keys = turned_k[head // 2 if per_query_head else head]
+            weights = torch.stack([u @ key * scale for key in keys]).exp()
+            torch.testing.assert_close(made[0, head, chunk], (weights / weights.sum()) @ keys, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])

@@ -8,10 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from foveate.errors import OptionError, ShapeError, StateError
-from foveate.mixers.base import PATTERNS, Mixer, MixerState
+from foveate.mixers.base import PATTERNS, Mixer, MixerState, create_mixer
 from foveate.registry import Card
 from tests.mixers.build import (
     DIM,
+    HEADS,
     MIXERS,
     TOKENS,
     any_length,
@@ -309,3 +310,15 @@ def test_causal_cross_outputs_depend_on_earlier_queries_only(card):
 
 def test_there_are_mixers_of_every_room():
     assert {card.name for card in MIXERS} >= {"softmax", "linear", "lightning", "gated-deltanet", "lookups"}
+
+
+@conforming("bounds")
+def test_values_outside_the_bounds_are_refused(card: Card) -> None:
+    """Those that the card shows, by name and by the class itself."""
+    bounded = {option.name: option.bounds for option in card.options if option.bounds.at_least is not None}
+    assert bounded.keys() >= {"dim", "layer", "layers", "heads"}
+    for name, bounds in bounded.items():
+        given = {"dim": DIM, "heads": HEADS, "layer": 1, "layers": 3, **(card.small or {}), name: bounds.at_least - 1}
+        for make in (card.target, lambda **options: create_mixer(card.name, **options)):
+            with pytest.raises(OptionError, match=rf"{card.name}: {name}={given[name]}, allowed: {bounds}"):
+                make(**given)

@@ -56,9 +56,9 @@ def attend_ragged(
         start, length = (x.tolist() if isinstance(x, Tensor) else x for x in (start, length))
     if M == 1 and window is None and log_weight is None and cpp_plans.why_not_segments(q, k, v, G) is None:
         rows = q.reshape(B * heads, G, D).contiguous()
-        offsets = [[row * x.stride(0) for row in start] for x in (k, v)]
+        k_at, v_at = ([x.data_ptr() + row * x.stride(0) * x.element_size() for row in start] for x in (k, v))
         o, lse = cpp_plans.decode(
-            rows, k, v, offsets[0], offsets[1], k.stride(0), v.stride(0), None, list(length), scale
+            rows, k_at, v_at, k.stride(0), v.stride(0), [0] * len(k_at), list(length), v.shape[1], scale
         )
         o, lse = o.view(B, Hq, M, -1).to(q.dtype), lse.view(B, Hq, M)
         return _finish(o, lse, sink, return_lse)

@@ -3,7 +3,6 @@ selection starts from."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from foveate.attention.backends import cpp_scoring
 from foveate.attention.backends.torch_dense import gather_rows
 from foveate.attention.backends.triton import availability
+from foveate.attention.merge import merge
 from foveate.attention.positions import Positions
 from foveate.attention.shapes import match
 from foveate.attention.softmax import attend
@@ -61,6 +61,30 @@ def softmax_votes(q: Tensor, k: Tensor, scale: float, *, groups: int = 1, reduce
         return cpp_scoring.votes(rows, k, scale, groups, reduce == "max")
     weights = query_scores(q, k).mul_(scale).softmax(-1).unflatten(1, (groups, -1))
     return weights.sum(2) if reduce == "sum" else weights.amax(2)
+
+
+def voted_slots(q: Tensor, k: Tensor, scale: float, *, first: int, last: int, count: int, kernel: int = 1) -> Tensor:
+    """The first slots, and the `count` between them and the last ones that all query heads vote for most
+    (`softmax_votes` over those between): int64 [B, first + count], ascending; ties go to the lower slot.
+
+    q: [B, Hq, D], k: [B, Hkv, N, D]; count: at most N - first - last. kernel: odd width over which votes are
+    max-pooled. Votes that are not numbers choose the lowest slots. Raises ShapeError, OptionError. O(N Hq D).
+    """
+    N = match(q=(q, "B Hq D"), k=(k, "B Hkv N D"))["N"]
+    if not scale > 0 or min(first, last, count) < 0 or count > N - first - last:
+        raise OptionError(
+            f"voted_slots: scale={scale}, first={first}, last={last}, count={count}, allowed: scale > 0, numbers >= 0 "
+            f"of {N} keys together"
+        )
+    middle = k[:, :, first : N - last]
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    if kernel == 1 and cpp_scoring.why_not(rows, middle) is None:
+        return cpp_scoring.choose(rows, middle, scale, first, count)
+    votes = softmax_votes(q, middle, scale)
+    if kernel > 1:
+        votes = torch.nn.functional.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
+    chosen = top_slots(votes.nan_to_num(), count)[:, 0] + first
+    return torch.cat((torch.arange(first, device=k.device).expand(k.shape[0], -1), chosen), 1)
 
 
 def top_mask(scores: Tensor, count: int | Tensor) -> Tensor:
@@ -115,28 +139,27 @@ def _has_topk_kernel(scores: Tensor) -> bool:
 
 
 def _top_by_kernel(scores: Tensor, count: int) -> Tensor:
-    """`top_slots` by the Triton kernel, which takes `count` of every row; waits for the device once."""
-    kernels = importlib.import_module("foveate.attention.backends.triton.ops")
-    slots: Tensor = kernels.topk(scores.contiguous(), count).long()
-    taken = scores.gather(-1, slots) > -torch.inf
-    fewest, most = torch.stack(torch.aminmax(taken.sum(-1))).tolist()
-    if fewest == count:
-        return slots
-    absent = scores.shape[-1]
-    listed = slots.masked_fill(~taken, absent).sort(-1).values[..., :most]
-    return listed.masked_fill(listed == absent, -1)
+    """`top_slots` by the Triton kernel, which takes up to `count` of every row and puts -1 behind."""
+    from foveate.attention.backends.triton import ops
+
+    return ops.topk(scores.contiguous(), count, finite=True).long()
 
 
-def top_slots(scores: Tensor, count: int | Tensor) -> Tensor:
+def top_slots(scores: Tensor, count: int | Tensor, *, tight: bool = False) -> Tensor:
     """The slots of the `count` highest scores [B, H, N] of each row, ascending; ties go to the lower slot.
 
     count: an int, or a tensor that broadcasts to scores[..., 0]. Entries of -inf are never taken.
-    Returns int64 [B, H, n], -1 beyond a row's own count: `slots_of(top_mask(scores, count))`.
+    Returns int64 [B, H, n], -1 beyond a row's own count: `slots_of(top_mask(scores, count))`. On a GPU, for an int, n
+    is the smaller of count and N, so that the last columns may be -1 in every row: how many scores are finite is known
+    there only by waiting for it, which `tight` does.
     """
     if scores.dim() != 3:
         raise ShapeError(f"top_slots: scores {list(scores.shape)}, allowed: [B, H, N]")
-    if _has_topk_kernel(scores) and isinstance(count, int) and 0 < count < scores.shape[-1]:
-        return _top_by_kernel(scores, count)
+    if _has_topk_kernel(scores) and isinstance(count, int):
+        if count <= 0:
+            return torch.empty(*scores.shape[:2], 0, dtype=torch.int64, device=scores.device)
+        slots = _top_by_kernel(scores, min(count, scores.shape[-1]))
+        return slots[..., : int((slots >= 0).sum(-1).max())] if tight else slots
     if cpp_scoring.why_not_top(scores) is not None:
         return slots_of(top_mask(scores, count))
     return cpp_scoring.top(scores, count)
@@ -235,33 +258,57 @@ def reads_in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return wanted and cpp_scoring.why_not_rows(q, k, v) is None
 
 
-def attend_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor | None = None,
-    table: RotaryTable | None = None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of q over rows of k and v, the same for all heads, key j of them turned as table says; no causal mask.
+@dataclass(frozen=True)
+class Rows:
+    """Keys that every one of M queries reads: q [B, Hq, M, D] over the rows index int64 [B, K], all present, of
+    k [B, Hkv, N, D] and v [B, Hkv, N, Dv], the same for all heads, key j of them turned as table (K positions) says.
 
-    q: [B, Hq, M, D]; every query reads every row. k: [B, Hkv, N, D], v: [B, Hkv, N, Dv]. index: int64 [B, K], all
-    present; None: all rows, without a table. table: K positions; None: keys as they are. Returns o [B, Hq, M, Dv] in
-    q's dtype, lse [B, Hq, M] float32 (float64 for float64). Raises ShapeError. O(K Hq M D).
+    index None: all rows, without a table. table None: keys as they are. Raises ShapeError.
     """
-    sizes = match(q=(q, "B Hq M D"), k=(k, "B Hkv N D"), v=(v, "B Hkv N Dv"))
-    if index is not None:
-        sizes = match(k=(k, "B Hkv N D"), index=(index, "B K"))
-    if table is not None and (index is None or table.cos.shape[0] != sizes["K"]):
-        allowed = "one with an index" if index is None else f"{sizes['K']}, one per row"
-        raise ShapeError(f"attend_rows: a table of {table.cos.shape[0]} positions, allowed: {allowed}")
-    if softcap is None and reads_in_place(q, k, v):
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index: Tensor | None = None
+    table: RotaryTable | None = None
+
+    def __post_init__(self) -> None:
+        sizes = match(q=(self.q, "B Hq M D"), k=(self.k, "B Hkv N D"), v=(self.v, "B Hkv N Dv"))
+        if self.index is not None:
+            sizes = match(k=(self.k, "B Hkv N D"), index=(self.index, "B K"))
+        if self.table is not None and (self.index is None or self.table.cos.shape[0] != sizes["K"]):
+            allowed = "one with an index" if self.index is None else f"{sizes['K']}, one per row"
+            raise ShapeError(f"attend_rows: a table of {self.table.cos.shape[0]} positions, allowed: {allowed}")
+
+    @property
+    def in_place(self) -> bool:
+        return reads_in_place(self.q, self.k, self.v)
+
+
+def attend_rows(*parts: Rows, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """One softmax over the rows of all parts, whose queries are the same at different positions; no causal mask.
+
+    Returns o [B, Hq, M, Dv] in q's dtype, lse [B, Hq, M] float32 (float64 for float64). O(K Hq M D).
+    """
+    tables = [part.table for part in parts if part.table is not None]
+    strides = {(part.k.stride(2), part.v.stride(2)) for part in parts}
+    if softcap is None and len(tables) <= 1 and len(strides) == 1 and all(part.in_place for part in parts):
+        turns = (tables[0].cos.contiguous(), tables[0].sin.contiguous(), tables[0].span) if tables else None
+        # A list without a table must not be turned by another's.
+        if turns is None or all((part.table is None) == (part.index is None) for part in parts):
+            return cpp_scoring.attend_rows([(part.q, part.k, part.v, part.index) for part in parts], turns, scale)
+    found = [_attend_rows(part, scale, softcap) for part in parts]
+    return found[0] if len(found) == 1 else merge([o for o, _ in found], [lse for _, lse in found])
+
+
+def _attend_rows(part: Rows, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    q, k, v, index = part.q, part.k, part.v, part.index
+    if softcap is None and part.in_place:
+        table = part.table
         turns = None if table is None else (table.cos.contiguous(), table.sin.contiguous(), table.span)
-        return cpp_scoring.attend_rows(q, k, v, index, turns, scale)
+        return cpp_scoring.attend_rows([(q, k, v, index)], turns, scale)
     if index is not None:
-        k, v = take_rows(k, index, table), take_rows(v, index)
+        k, v = take_rows(k, index, part.table), take_rows(v, index)
     # By default more queries than keys would stand nowhere.
     positions = Positions(torch.zeros(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device))
     o, lse = attend(q, k, v, scale=scale, positions=positions, causal=False, softcap=softcap, return_lse=True)

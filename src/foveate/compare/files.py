@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import ResultsError
+from foveate.places import check_place
 
 
 def make_folder(folder: Path) -> Path:
@@ -27,13 +28,10 @@ def make_folder(folder: Path) -> Path:
 
 def check_file(path: Path) -> Path:
     """Raise ResultsError unless a file can be written at `path`; call it before the work whose result goes there."""
-    make_folder(path.parent)
     if path.is_dir():
         raise ResultsError(f"{path} is a folder, and a file is needed; name another place")
     try:
-        # Permissions alone do not tell: a file system may be full or read-only.
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent):
-            pass
+        check_place(path)
     except OSError as error:
         raise ResultsError(f"{path} cannot be written ({_reason(error)}); name another place") from error
     return path

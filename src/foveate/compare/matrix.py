@@ -10,7 +10,7 @@ from foveate import registry
 from foveate.compare.subject import DENSE
 from foveate.errors import DataError, OptionError
 from foveate.methods import Method
-from foveate.methods import create as create_method
+from foveate.methods import create as make_method
 from foveate.options import parse_spec
 from foveate.tasks.base import Example, Task
 
@@ -74,14 +74,6 @@ class Matrix:
                     example = made[name, length, seed] = task.example(tokenizer, length, seed)
                     _check_vocabulary(example, vocabulary)
         return made
-
-
-def make_method(spec: str) -> Method:
-    """A method from a spec or a composition "a+b"; UnknownNameError for a name that is no method's."""
-    for name in (parse_spec(member)[0] for member in spec.split("+")):
-        if name:
-            registry.card(name, kind=registry.METHOD_KINDS)
-    return create_method(spec)
 
 
 def _check_vocabulary(example: Example, vocabulary: int) -> None:

@@ -185,17 +185,18 @@ def _answers(
 
 
 def _together(figures: list[Figures]) -> Figures:
-    """Of several requests: the mean densities, and what the largest cache held."""
+    """Of several requests: the mean densities and recall, and what the largest cache held."""
     largest = max(figures, key=lambda each: each.cache_bytes)
     means = {
         name: _mean([getattr(each, name) for each in figures])
-        for name in ("density", "prefill_density", "decode_density")
+        for name in ("density", "prefill_density", "decode_density", "recall")
     }
     return Figures(
         cache_bytes=largest.cache_bytes,
         lengths=largest.lengths,
         tokens_seen=largest.tokens_seen,
         kept=largest.kept,
+        host_bytes=largest.host_bytes,
         **means,
     )
 

@@ -17,8 +17,8 @@ Cell = Mapping[str, Any]
 def row_of(group: Group, cells: Mapping[int, Cell], depths: Mapping[int, float | None], query_aware: bool) -> dict:
     """One row from its cells by seed.
 
-    Scores, bytes and densities are means over the seeds, times and peak bytes medians; perplexity is that of all
-    seeds' tokens together. Kept shares and lengths are the first seed's.
+    Scores, bytes, densities and recall are means over the seeds that have them, times and peak bytes medians;
+    perplexity is that of all seeds' tokens together. Kept shares and lengths are the first seed's.
     """
     some = list(cells.values())
     first = some[0]["figures"]
@@ -30,9 +30,11 @@ def row_of(group: Group, cells: Mapping[int, Cell], depths: Mapping[int, float |
         "decode_tokens_per_s": _median(cell["decode_tokens_per_s"] for cell in some),
         "peak_bytes": _whole(_median(cell["peak_bytes"] for cell in some)),
         "cache_bytes": _whole(_mean(cell["figures"]["cache_bytes"] for cell in some)),
+        "host_bytes": _whole(_mean(cell["figures"]["host_bytes"] for cell in some)),
         "density": _mean(cell["figures"]["density"] for cell in some),
         "prefill_density": _mean(cell["figures"]["prefill_density"] for cell in some),
         "decode_density": _mean(cell["figures"]["decode_density"] for cell in some),
+        "recall": _mean(cell["figures"]["recall"] for cell in some),
         "prompt_tokens": _whole(_mean(cell["prompt_tokens"] for cell in some)),
         "depths": [
             {
@@ -72,9 +74,11 @@ def _empty(group: Group, seeds: Sequence[int], query_aware: bool) -> dict[str, A
         "decode_tokens_per_s": None,
         "peak_bytes": None,
         "cache_bytes": None,
+        "host_bytes": None,
         "density": None,
         "prefill_density": None,
         "decode_density": None,
+        "recall": None,
         "prompt_tokens": None,
         "depths": [],
         "lengths_kept": None,

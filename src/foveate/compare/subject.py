@@ -84,7 +84,9 @@ class Figures:
     """What one cache holds and what was read, after a request.
 
     lengths: tokens held per layer and KV head. kept: per layer and KV head the share of the text's tokens that is
-    held, in equal bins over the text; None when everything is.
+    held, in equal bins over the text; None when everything is. host_bytes: the part of cache_bytes in host memory
+    beside the model's device, None where nothing is. recall: of searches in an index against exact ones, None where
+    none was measured.
     """
 
     cache_bytes: int
@@ -94,6 +96,8 @@ class Figures:
     lengths: list[list[float]]
     tokens_seen: int
     kept: list[list[list[float]]] | None = None
+    host_bytes: int | None = None
+    recall: float | None = None
 
 
 class MeasuredRun(Protocol):
@@ -157,6 +161,8 @@ class MethodRun:
             lengths=lengths,
             tokens_seen=seen,
             kept=None if all(each >= seen for row in lengths for each in row) else kept_shares(stats, lengths, seen),
+            host_bytes=int(stats.host_bytes) or None,
+            recall=stats.recall,
         )
 
 

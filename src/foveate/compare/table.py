@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -20,7 +21,8 @@ def comparison_table(rows: Sequence[Row], break_even: Sequence[Mapping[str, Any]
     """Dense first, then the methods: a score (or perplexity) per task, speed against dense, bytes, density.
 
     Speed-ups are the dense model's time over the method's (above 1: the method is faster), the median over the tasks
-    of a length; bytes and densities are means over them.
+    of a length; bytes, densities and recall are means over them. Bytes in host memory and recall have a column where
+    some method has them.
     """
     tasks, lengths = _unique(rows, "task"), _unique(rows, "length")
     table = _table(_caption(rows, break_even))
@@ -28,15 +30,18 @@ def comparison_table(rows: Sequence[Row], break_even: Sequence[Mapping[str, Any]
         perplexity = any(row["perplexity"] is not None for row in rows if row["task"] == task)
         table.add_column(_heading(task, perplexity), justify="right", no_wrap=True)
     power = _power(max((row["cache_bytes"] or 0 for row in rows), default=0))
-    for name in ("first\ntoken", "\ndecode", f"cache\n{_UNITS[power]}", "of\ndense", "\ndensity"):
-        table.add_column(name, justify="right", no_wrap=True)
+    costs = [each for each in _COSTS if not each.rare or any(row.get(each.rare) is not None for row in rows)]
+    for each in costs:
+        table.add_column(each.heading.format(unit=_UNITS[power]), justify="right", no_wrap=True)
     for length in lengths:
         at_length = [row for row in rows if row["length"] == length]
         if len(lengths) > 1:
             table.add_row(Text(f"{length:,} tokens", style="italic"))
         for method in _unique(at_length, "method"):
             own = [row for row in at_length if row["method"] == method]
-            table.add_row(Text(method), *_scores(own, tasks), *_costs(own, power), style=_style(method))
+            table.add_row(
+                Text(method), *_scores(own, tasks), *(each.shown(own, power) for each in costs), style=_style(method)
+            )
         table.add_section()
     return table
 
@@ -45,7 +50,7 @@ def _table(caption: Text | None) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, caption=caption, caption_justify="left"
     )
-    table.add_column("\nmethod", overflow="fold", min_width=8)
+    table.add_column("\nmethod", overflow="fold", min_width=6)
     return table
 
 
@@ -79,25 +84,38 @@ def _scores(own: Sequence[Row], tasks: Sequence[str]) -> list[str]:
     return shown
 
 
-def _costs(own: Sequence[Row], power: int) -> list[str]:
-    first = ratio(own, "dense_ttft_s", "ttft_s")
-    decode = ratio(own, "decode_tokens_per_s", "dense_decode_tokens_per_s")
-    share = ratio(own, "cache_bytes", "dense_cache_bytes")
-    held = _mean(row["cache_bytes"] for row in own)
-    density = _mean(row["density"] for row in own)
-    return [
-        _number(first, "{:.2f}x"),
-        _number(decode, "{:.2f}x"),
-        "-" if held is None else f"{held / 1024**power:.1f}",
-        _number(share, "{:.2f}"),
-        _number(density, "{:.3f}"),
-    ]
-
-
 def ratio(rows: Iterable[Row], above: str, below: str) -> float | None:
     """The median over rows of one figure over another."""
     found = [row[above] / row[below] for row in rows if row.get(above) is not None and row.get(below)]
     return median(found) if found else None
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """A column after the scores. shown: its text, from a method's rows and the power of 1024 of the unit.
+
+    rare: the field of rows without which it is left out, None: never.
+    """
+
+    heading: str
+    shown: Callable[[Sequence[Row], int], str]
+    rare: str | None = None
+
+
+def _speedup(above: str, below: str) -> Callable[[Sequence[Row], int], str]:
+    return lambda own, power: _number(ratio(own, above, below), "{:.2f}x")
+
+
+def _share(above: str, below: str) -> Callable[[Sequence[Row], int], str]:
+    return lambda own, power: _number(ratio(own, above, below), "{:.2f}")
+
+
+def _bytes(name: str) -> Callable[[Sequence[Row], int], str]:
+    return lambda own, power: _number(_mean(row.get(name) for row in own), "{:.1f}", 1024**power)
+
+
+def _part(name: str) -> Callable[[Sequence[Row], int], str]:
+    return lambda own, power: _number(_mean(row.get(name) for row in own), "{:.3f}")
 
 
 def _power(count: float) -> int:
@@ -128,5 +146,16 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _number(value: float | None, form: str, unit: int = 1) -> str:
+    return "-" if value is None else form.format(value / unit)
+
+
+_COSTS = (
+    _Cost("first\ntoken", _speedup("dense_ttft_s", "ttft_s")),
+    _Cost("\ndecode", _speedup("decode_tokens_per_s", "dense_decode_tokens_per_s")),
+    _Cost("cache\n{unit}", _bytes("cache_bytes")),
+    _Cost("host\n{unit}", _bytes("host_bytes"), rare="host_bytes"),
+    _Cost("of\ndense", _share("cache_bytes", "dense_cache_bytes")),
+    _Cost("\ndensity", _part("density")),
+    _Cost("re-\ncall", _part("recall"), rare="recall"),
+)

@@ -36,10 +36,12 @@ class Run:
         self.modules = attention_modules(model)
         self._refuse_applied()
         check_attention(model, self.modules)
+        guard.check_cache_class(model)
         layers = self.new_cache().layers
         indices = [int(module.layer_idx) for module in self.modules]  # type: ignore[arg-type]
+        guard.check_layers(model, layers, indices)
         self.runtime = Runtime(self.method, indices, chunked=chunked)
-        self._refuse_unserved(layers)
+        self._refuse_idle(layers)
         self._ropes = [self._rope(module, layers[index : index + 1]) for module, index in zip(self.modules, indices)]
         self._graphed = (
             GraphedForward(model.forward, self.method, lambda: self.runtime.request, record=True)
@@ -55,18 +57,14 @@ class Run:
                 "a method is already applied to this model; leave it first, or combine methods with '+'"
             )
 
-    def _refuse_unserved(self, layers: list[Any]) -> None:
+    def _refuse_idle(self, layers: list[Any]) -> None:
         own = [layers[index] for index in self.runtime.indices if index < len(layers)]
         if not self.method.acts or any(isinstance(layer, FoveateLayer) for layer in own):
             return
         kinds = ", ".join(sorted({type(layer).__name__ for layer in own}))
-        if all(compat.is_sliding(layer) for layer in own):
-            why = f"has a sliding window or chunk of its own ({kinds}), which foveate leaves as it is"
-        else:
-            why = f"keeps its keys in a {kinds}, which foveate cannot take over"
         raise UnsupportedModelError(
-            f"every attention layer of {type(self.model).__name__} {why}: there is nothing for "
-            f"{type(self.method).__name__} to act on"
+            f"every attention layer of {type(self.model).__name__} has a sliding window or chunk of its own ({kinds}), "
+            f"which foveate leaves as it is: there is nothing for {type(self.method).__name__} to act on"
         )
 
     def _rope(self, module: nn.Module, own: list[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,9 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 def cache_of(named: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a module or the fields of a model's output."""
-    return next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+    # Newer outputs answer to the old name too, with a warning: they are asked for nothing that is not there.
+    held = {name: each for name, each in named.items() if each is not None and name in CACHE_NAMES}
+    return next((held[name] for name in CACHE_NAMES if name in held), None)
 
 
 @contextmanager
@@ -81,6 +84,25 @@ def is_sliding(layer: Any) -> bool:
 def counts(layer: Any) -> bool:
     """Whether a cache layer counts the tokens that it has seen; a recurrent state does not."""
     return isinstance(layer, CacheLayerMixin)
+
+
+def own_cache(decoder: nn.Module) -> str | None:
+    """The name of a cache class that a model makes instead of a transformers `Cache`, None where there is none.
+
+    Hybrid models of older versions have one in their own module (5.4: jamba, lfm2, qwen3_next; 5.12: olmo_hybrid).
+    """
+    module = type(decoder).__module__
+    return next(
+        (
+            name
+            for name, each in vars(sys.modules[module]).items()
+            if name.endswith("Cache")
+            and getattr(each, "__module__", None) == module
+            and hasattr(each, "get_seq_length")
+            and not issubclass(each, Cache | CacheLayerMixin)
+        ),
+        None,
+    )
 
 
 def new_dynamic_cache(config: Any) -> Cache:

@@ -1,17 +1,56 @@
-"""Before and after a model's forward: are its inputs whole, is it one thread's, and was its cache served?"""
+"""Is a model's cache one that foveate serves? Before and after its forward: are its inputs whole, is it one thread's,
+and was its cache served?"""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
 
+import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from foveate.errors import ShapeError, StateError, UnsupportedModelError
 from foveate.hf import compat
 from foveate.hf.layer import FoveateLayer
+from foveate.hf.modules import decoder_of
 
 FORWARD = "forward"
+SERVED = (
+    "allowed: decoders whose attention layers keep keys and values alone, all of them or those of a sliding window of "
+    "their own; recurrent layers may stand between these"
+)
+
+
+def check_cache_class(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where the model makes a cache of a class of its own."""
+    own = compat.own_cache(decoder_of(model))
+    if own is not None:
+        raise UnsupportedModelError(
+            f"{_called(model)} keeps its text in a {own} in transformers {transformers.__version__}, a cache of its "
+            f"own, which foveate cannot take over; {SERVED}; newer versions have fewer such caches"
+        )
+
+
+def check_layers(model: PreTrainedModel, layers: list[Any], indices: list[int]) -> None:
+    """Raise UnsupportedModelError where the layers of a new cache that attention modules store in (`indices`) are
+    neither foveate's nor the model's own sliding windows."""
+    strange = [
+        index
+        for index in indices
+        if index < len(layers) and not (isinstance(layers[index], FoveateLayer) or compat.is_sliding(layers[index]))
+    ]
+    if strange:
+        kind = type(layers[strange[0]]).__name__
+        where = "every attention layer" if len(strange) == len(indices) else f"each of the layers {strange}"
+        why = f": {compat.OWN_STORAGE[kind]}" if kind in compat.OWN_STORAGE else ""
+        raise UnsupportedModelError(
+            f"{where} of {_called(model)} keeps its keys in a {kind}, which foveate cannot take over{why}; {SERVED}"
+        )
+
+
+def _called(model: PreTrainedModel) -> str:
+    return f"{model.config.model_type} ({type(model).__name__})"
 
 
 def enter(owner: dict[str, int]) -> None:

@@ -49,6 +49,7 @@ from foveate.lm.upcycle import upcycle
 from foveate.methods.profile import ModelIdentity, Profile, load
 from foveate.mixers.base import Mixer
 from foveate.options import check_names, options_of, parse_spec
+from foveate.provenance import command_line, now, versions
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,9 @@ class _Run:
             "layers": list(made.layers),
             "perplexity": made.perplexity,
             "losses": made.losses,
+            "versions": versions(),
+            "command": command_line(),
+            "date": now(),
         }
         part = self.folder / ".result.json"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

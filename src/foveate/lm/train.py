@@ -3,7 +3,7 @@
 `train(TrainConfig.read("run.toml"))` writes to the run's output folder:
     checkpoint-N/      what resuming needs        log.jsonl       a line per logged step and test
     model/             the trained model, for `HybridLM.from_pretrained` (text: with its tokenizer)
-    result.json        the last test's numbers, bytes of state, versions
+    result.json        the last test's numbers, bytes of state, versions, command and date
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from foveate.lm.data import PackedText, load_tokenizer, pack, read_documents
 from foveate.lm.model import HybridLM
 from foveate.lm.synthetic import IGNORED, Examples, make_examples, vocabulary
 from foveate.lm.train_config import DataConfig, TrainConfig
+from foveate.provenance import command_line, now, versions
 
 Examined = Examples | PackedText
 
@@ -271,7 +272,9 @@ def _export(trainer: Any, data: TrainData, config: TrainConfig, result: TrainRes
         "data": asdict(config.data),
         "run": asdict(config.run),
         "device": str(trainer.args.device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
+        "command": command_line(),
+        "date": now(),
     }
     made = result.folder / ".result.json"
     made.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -161,7 +161,11 @@ def finish_prompt(method: Method, step: Step) -> None:
 
 
 def create(spec: str | Method, **given: Any) -> Method:
-    """A method from `"snapkv:budget=1024"`, from `"a+b:x=1+c"` (a composition), or as it is."""
+    """A method from `"snapkv:budget=1024"`, from `"a+b:x=1+c"` (a composition), or as it is.
+
+    Raises UnknownNameError for a name that is no method's, and for an option it lacks; OptionError for a value;
+    CompositionError for methods that do not go together.
+    """
     if isinstance(spec, Method):
         if given:
             raise OptionError(f"options {sorted(given)} were given beside a method object; put them on the object")
@@ -179,12 +183,8 @@ def create(spec: str | Method, **given: Any) -> Method:
 
 
 def _one(spec: str, given: dict[str, Any]) -> Method:
-    name = options.parse_spec(spec)[0]
-    kind = registry.card(name).kind
-    # Before its options: they are another kind's, and may be required.
-    if kind not in registry.METHOD_KINDS:
-        article = "an" if kind[0] in "aeiou" else "a"
-        raise CompositionError(f"{name!r} is {article} {kind}, not a method; methods are: {', '.join(method_names())}")
+    # Before its options: those of another kind may be required.
+    registry.card(options.parse_spec(spec)[0], kind=registry.METHOD_KINDS)
     made: Method = registry.create(spec, **given)
     return made
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.errors import ProfileError
+from foveate.places import check_place
 
 SCHEMA_VERSION = 1
 FILES = frozenset({"profile.json", "profile.safetensors"})
@@ -106,9 +107,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
                 f"{target} holds what is no profile ({shown}) and is left as it is; name a new or empty folder, or one "
                 "that holds an older profile"
             )
-        present = next(each for each in target.parents if each.exists())
-        # Permissions alone do not tell: a file system may be full or read-only.
-        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}-", dir=present))
+        check_place(target)
     except OSError as error:
         raise ProfileError(f"{target} cannot be written ({error.strerror}); name another place") from error
     return target

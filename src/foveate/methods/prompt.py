@@ -55,7 +55,7 @@ class PromptKeep(Budgeted):
         scores = hide_padding(self.score(step), step)
         if isinstance(count, Tensor):
             count = count[:, None]
-        return Keep(top_slots(scores, count))
+        return Keep(top_slots(scores, count, tight=True))
 
     @staticmethod
     def _keeps_all(count: int | Tensor, tokens: int | Tensor) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from foveate.attention.chunks import read_offsets
 from foveate.attention.shapes import match
 from foveate.errors import OptionError, ShapeError, StateError, UnknownNameError
 from foveate.mixers.state import MixerState, SeparateStates, merge_states, single_rows
-from foveate.options import check_names, nearest, parse_spec
+from foveate.options import Bounds, check_names, nearest, options_of, parse_spec
 
 PATTERNS = frozenset({"causal-self", "noncausal-self", "causal-cross", "noncausal-cross"})
 
@@ -65,10 +65,18 @@ class Mixer(Initialised):
     shared: ClassVar[tuple[str, ...]] = ()
     causal: bool = True
 
-    def __init__(self, *, dim: int, layer: int = 0, layers: int = 1, heads: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        dim: Annotated[int, Bounds(at_least=1)],
+        layer: Annotated[int, Bounds(at_least=0)] = 0,
+        layers: Annotated[int, Bounds(at_least=1)] = 1,
+        heads: Annotated[int, Bounds(at_least=1)] = 4,
+    ) -> None:
         super().__init__()
-        self.require(dim >= 1, f"dim={dim}, allowed: >= 1")
-        self.require(heads >= 1, f"heads={heads}, allowed: >= 1")
+        given = {"dim": dim, "layer": layer, "layers": layers, "heads": heads}
+        for option in COMMON:
+            option.check(self.name, given[option.name])
         self.require(0 <= layer < layers, f"layer={layer}, allowed: 0 to layers - 1 = {layers - 1}")
         self.dim, self.layer, self.layers, self.heads = dim, layer, layers, heads
 
@@ -233,6 +241,10 @@ class Mixer(Initialised):
     def meta(self) -> Tensor:
         """An empty tensor on the meta device, of the parameters' dtype."""
         return torch.empty(0, dtype=next(self.parameters()).dtype, device="meta")
+
+
+# Options of every mixer, which this constructor checks.
+COMMON = options_of(Mixer)
 
 
 def _at(state: MixerState, position: Tensor) -> MixerState:

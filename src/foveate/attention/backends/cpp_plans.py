@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,23 +54,20 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     B, Hq, M, D = call.q.shape
     H, N, Dv = call.k.shape[1], call.n, call.v.shape[-1]
     q = call.q.reshape(B * H, call.group * M, D).contiguous()
-    lists = lengths = None
+    index = None
     if isinstance(call.plan, Tokens):
         plan = call.plan
         index = plan.index if plan.length is None else torch.where(plan.valid(N), plan.index, -1)
-        lists = index.to(torch.int64).expand(B, H, -1).contiguous().view(B * H, -1)
-        lengths = [lists.shape[1]] * (B * H)
-    starts = [[b * x.stride(0) + h * x.stride(1) for b in range(B) for h in range(H)] for x in (call.k, call.v)]
+        index = index.to(torch.int64).expand(B, H, -1).contiguous()
     o, lse = decode(
         q,
-        call.k,
-        call.v,
-        starts[0],
-        starts[1],
+        heads_at(call.k),
+        heads_at(call.v),
         call.k.stride(2),
         call.v.stride(2),
-        lists,
-        lengths or [N] * (B * H),
+        [0] * (B * H) if index is None else heads_at(index),
+        [N if index is None else index.shape[2]] * (B * H),
+        Dv,
         call.scale,
         limit=N,
     )
@@ -79,53 +77,57 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     return o.to(call.q.dtype), lse
 
 
+def heads_at(x: Tensor) -> list[int]:
+    """Addresses of the first elements of each head of x [B, H, ...], sequence after sequence."""
+    first, size = x.data_ptr(), x.element_size()
+    steps = x.stride(0) * size, x.stride(1) * size
+    return [first + b * steps[0] + h * steps[1] for b in range(x.shape[0]) for h in range(x.shape[1])]
+
+
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_start: list[int],
-    v_start: list[int],
+    k_at: Sequence[int],
+    v_at: Sequence[int],
     k_row: int,
     v_row: int,
-    lists: Tensor | None,
-    lengths: list[int],
+    list_at: Sequence[int],
+    lengths: Sequence[int],
+    Dv: int,
     scale: float,
     *,
     limit: int = 0,
-    sharing: int = 1,
+    parts: int = 1,
     turns: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [S, R, D] in the dtype of k; segment s of k starts k_start[s] elements in, its rows k_row apart.
+    """q [parts * S, R, D]; keys and values of its dtype by addresses: segment s from k_at[s], its rows k_row elements
+    apart. Segments s, S + s, ... are attended to as if they were one.
 
-    lists: int64 [S / sharing, K] slots within a segment (absent: < 0 or >= limit), each for `sharing` segments, or None
-    for the first lengths[s] slots. turns: cos, sin [K, P] float32, contiguous, and the distance of a pair's features,
-    as in `cpp_scoring.take`: the keys of a list are turned before use. Returns float32 [S, R, Dv] and lse [S, R].
+    list_at: addresses of lengths[s] int64 slots within a segment (absent: < 0 or >= limit), 0: the first lengths[s]
+    slots. turns: cos, sin [K, P] float32, contiguous, and the distance of a pair's features, as in `cpp_scoring.take`:
+    the keys of lists are turned before use. Returns float32 [S, R, Dv] and lse [S, R]. The caller holds what addresses
+    are of.
     """
-    S, R, D = q.shape
-    Dv = v.shape[-1]
+    S, R, D = q.shape[0] // parts, q.shape[1], q.shape[2]
     out = torch.empty(S, R, Dv, dtype=torch.float32)
     lse = torch.empty(S, R, dtype=torch.float32)
-    longs = ctypes.c_int64 * S
+    pointers, longs = ctypes.c_void_p * len(k_at), ctypes.c_int64 * len(k_at)
     library().foveate_decode(
-        KINDS[k.dtype],
+        KINDS[q.dtype],
         ctypes.c_void_p(q.data_ptr()),
         ctypes.c_float(scale),
-        ctypes.c_void_p(k.data_ptr()),
-        ctypes.c_void_p(v.data_ptr()),
-        longs(*k_start),
-        longs(*v_start),
+        pointers(*k_at),
+        pointers(*v_at),
         ctypes.c_int64(k_row),
         ctypes.c_int64(v_row),
-        ctypes.c_void_p(None if lists is None else lists.data_ptr()),
+        pointers(*list_at),
         longs(*lengths),
-        ctypes.c_int64(0 if lists is None else lists.stride(0)),
-        sharing,
         ctypes.c_int64(limit),
         ctypes.c_void_p(None if turns is None else turns[0].data_ptr()),
         ctypes.c_void_p(None if turns is None else turns[1].data_ptr()),
         0 if turns is None else turns[0].shape[-1],
         1 if turns is None else turns[2],
         S,
+        parts,
         R,
         D,
         Dv,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from foveate.attention.backends.cpp.build import library, why_unavailable
-from foveate.attention.backends.cpp_plans import KINDS, MAX_ROWS, decode
+from foveate.attention.backends.cpp_plans import KINDS, MAX_ROWS, decode, heads_at
 
 
 def why_not(q: Tensor, k: Tensor) -> str | None:
@@ -70,6 +71,35 @@ def votes(q: Tensor, k: Tensor, scale: float, groups: int, greatest: bool) -> Te
         ctypes.c_float(scale),
         torch.get_num_threads(),
         ctypes.c_void_p(weights.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return out
+
+
+def choose(q: Tensor, k: Tensor, scale: float, first: int, count: int) -> Tensor:
+    """Slots 0..first - 1, and first + those of the `count` keys of k [B, Hkv, N, D] that the heads of q [B, Hkv, G, D]
+    vote for, ascending: int64 [B, first + count]."""
+    B, H, G, D = q.shape
+    N, q = k.shape[2], q.contiguous()
+    work = torch.empty(B * (H * G + 1) * N, dtype=torch.float32)
+    out = torch.empty(B, first + count, dtype=torch.int64)
+    library().foveate_choose(
+        KINDS[k.dtype],
+        ctypes.c_void_p(q.data_ptr()),
+        ctypes.c_void_p(k.data_ptr()),
+        _starts(k),
+        ctypes.c_int64(k.stride(2)),
+        ctypes.c_int64(N),
+        B,
+        H,
+        G,
+        D,
+        ctypes.c_float(scale),
+        torch.get_num_threads(),
+        ctypes.c_void_p(work.data_ptr()),
+        ctypes.c_void_p(work.data_ptr() + 4 * B * H * G * N),
+        ctypes.c_int64(first),
+        ctypes.c_int64(count),
         ctypes.c_void_p(out.data_ptr()),
     )
     return out
@@ -158,26 +188,36 @@ def why_not_rows(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, turns: tuple[Tensor, Tensor, int] | None, scale: float
+    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    turns: tuple[Tensor, Tensor, int] | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, 1, D] over the rows index int64 [B, K] of k and v, or all, keys turned as `decode` does it: o
-    [B, Hq, 1, Dv] in q's dtype, lse [B, Hq, 1] float32."""
+    """One softmax over all parts: q [B, Hq, 1, D], k, v, and the rows index int64 [B, K] of them, or all; the keys of
+    lists turned as `decode` does it: o [B, Hq, 1, Dv] in q's dtype, lse [B, Hq, 1] float32. Rows of all parts' keys
+    must be as far apart, and of their values."""
+    q, k, v, _ = parts[0]
     B, Hq, _, D = q.shape
-    H, N = k.shape[1:3]
-    k_start, v_start = ([b * x.stride(0) + h * x.stride(1) for b in range(B) for h in range(H)] for x in (k, v))
+    H = k.shape[1]
+    indices = [None if index is None else index.contiguous() for *_, index in parts]
+    queries = [each.reshape(B * H, Hq // H, D) for each, *_ in parts]
+    k_at, v_at, list_at, lengths = [], [], [], []
+    for (_, keys, values, _), index in zip(parts, indices):
+        k_at += heads_at(keys)
+        v_at += heads_at(values)
+        list_at += [0] * (B * H) if index is None else heads_at(index[:, None].expand(-1, H, -1))
+        lengths += [keys.shape[2] if index is None else index.shape[1]] * (B * H)
     o, lse = decode(
-        q.reshape(B * H, Hq // H, D).contiguous(),
-        k,
-        v,
-        k_start,
-        v_start,
+        queries[0].contiguous() if len(parts) == 1 else torch.cat(queries),
+        k_at,
+        v_at,
         k.stride(2),
         v.stride(2),
-        None if index is None else index.contiguous(),
-        [N if index is None else index.shape[1]] * (B * H),
+        list_at,
+        lengths,
+        v.shape[-1],
         scale,
-        limit=N,
-        sharing=H,
+        limit=min((keys.shape[2] for (_, keys, *_), index in zip(parts, indices) if index is not None), default=0),
+        parts=len(parts),
         turns=turns,
     )
     return o.view(B, Hq, 1, -1).to(q.dtype), lse.view(B, Hq, 1)

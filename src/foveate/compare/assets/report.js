@@ -85,7 +85,8 @@ function glance() {
   byId("how-break-even").textContent = aboutBreakEven();
   const perplexities = TASKS.filter(isPerplexity);
   const heads = ["method", ...SCORED, ...perplexities.map((task) => (task.startsWith("perplexity") ? task : `${task} (perplexity)`)),
-    "first token speed\u2011up", "decode speed\u2011up", "cache", "of dense", "density", "break\u2011even"];
+    "first token speed\u2011up", "decode speed\u2011up", "cache", ...(HOSTED ? ["on host"] : []), "of dense", "density",
+    ...(SEARCHED ? ["recall"] : []), "break\u2011even"];
   const lines = METHODS.map((method) => {
     const own = ROWS.filter((row) => row.method === method && row.length === state.length);
     const of = (task) => own.find((row) => row.task === task);
@@ -99,8 +100,10 @@ function glance() {
         times(median(own.map((row) => over(row.dense_ttft_s, row.ttft_s)))),
         times(median(own.map((row) => over(row.decode_tokens_per_s, row.dense_decode_tokens_per_s)))),
         bytesText(mean(own.map((row) => row.cache_bytes))),
+        ...(HOSTED ? [bytesText(mean(own.map((row) => row.host_bytes)))] : []),
         fixed(median(own.map((row) => over(row.cache_bytes, row.dense_cache_bytes))), 2),
         fixed(mean(own.map((row) => row.density)), 3),
+        ...(SEARCHED ? [fixed(mean(own.map((row) => row.recall)), 3)] : []),
         { text: method === "dense" ? "" : told ? VERDICTS[told.verdict](told) : "–" },
       ],
     };
@@ -110,17 +113,18 @@ function glance() {
 
 function allRows() {
   const heads = ["method", "task", "length", "seeds", "score", "perplexity", "first token", "decode, tokens/s", "peak memory", "cache",
-    "of dense", "density", "in prefill", "in decode"];
+    ...(HOSTED ? ["on host"] : []), "of dense", "density", "in prefill", "in decode", ...(SEARCHED ? ["recall"] : [])];
   let before = "";
   const lines = ROWS.map((row) => {
     const group = `${row.task} ${row.length}`;
     const classes = [row.method === "dense" ? "dense" : "", group !== before ? "first" : ""].filter(Boolean).join(" ");
     before = group;
     const figures = row.error
-      ? ["refused", ...Array(9).fill("–")]
+      ? ["refused", ...Array(heads.length - 5).fill("–")]
       : [fixed(row.score, 2), fixed(row.perplexity, 2), secondsText(row.ttft_s), fixed(row.decode_tokens_per_s, 1), bytesText(row.peak_bytes),
-        bytesText(row.cache_bytes), fixed(over(row.cache_bytes, row.dense_cache_bytes), 2), fixed(row.density, 3),
-        fixed(row.prefill_density, 3), fixed(row.decode_density, 3)];
+        bytesText(row.cache_bytes), ...(HOSTED ? [bytesText(row.host_bytes)] : []),
+        fixed(over(row.cache_bytes, row.dense_cache_bytes), 2), fixed(row.density, 3), fixed(row.prefill_density, 3),
+        fixed(row.decode_density, 3), ...(SEARCHED ? [fixed(row.recall, 3)] : [])];
     return { row, mark: classes, cells: [{ text: row.task }, count(row.length), String(row.seeds.length), ...figures] };
   });
   fillTable(byId("rows"), heads, lines);

@@ -26,6 +26,11 @@ const median = (values) => {
 };
 const over = (a, b) => (a === null || a === undefined || !b ? null : a / b);
 
+// Figures that only methods with a host tier or an index have; without any, and in older results, they have no column.
+const had = (name) => ROWS.some((row) => row[name] !== null && row[name] !== undefined);
+const HOSTED = had("host_bytes");
+const SEARCHED = had("recall");
+
 // The rows of a choice of task and length, one per method; for the mean over tasks, one made of several.
 function chosen(task, length) {
   return METHODS.map((method) => {
@@ -37,7 +42,8 @@ function chosen(task, length) {
 }
 
 const AVERAGED = [
-  "score", "ttft_s", "decode_tokens_per_s", "peak_bytes", "cache_bytes", "density", "prefill_density", "decode_density",
+  "score", "ttft_s", "decode_tokens_per_s", "peak_bytes", "cache_bytes", "host_bytes", "density", "prefill_density",
+  "decode_density", "recall",
 ];
 
 function averaged(some) {

@@ -4,8 +4,8 @@ Keys have a few channels that are large in every token, so each channel gets a s
 tokens; values have none, and each token gets scales over `group` channels. What is recent matters most and stays in
 full precision. Prompts attend exactly, then all but the residual is coded and the full-precision copy is dropped.
 
-    code      round(clamp((x - least) / scale, 0, 2^bits - 1)), least = min, scale = (max - least) / (2^bits - 1)
-    decoded   code * scale + least            round half to even; scale and least in the model's dtype
+    code      round((x - least) / scale), least = min, scale = (max - least) / (2^bits - 1)
+    decoded   code * scale + least            as `attention.quantize` codes; scale and least in the model's dtype
     keys      at any time the first N - N mod R tokens are coded: after the step that fills a residual of R, all of it
     values    the first max(0, N - R) tokens are coded, one after every step
     step      softmax of [q . decoded keys, q . residual keys] times [decoded values, residual values]; R = `residual`
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.attention import Positions, apply_sink, attend, merge
+from foveate.attention.quantize import Coded, dequantize, quantize
 from foveate.attention.scoring import slots_of
 from foveate.errors import OptionError, ShapeError
 from foveate.methods.base import Method
@@ -43,15 +44,6 @@ from foveate.methods.step import Phase, Reading, Step
 from foveate.methods.storage import slack
 from foveate.options import option
 from foveate.registry import register
-
-
-@dataclass
-class Coded:
-    """Packed numbers: code int32; scale and least in the dtype of what was coded."""
-
-    code: Tensor
-    scale: Tensor
-    least: Tensor
 
 
 @dataclass
@@ -159,8 +151,8 @@ class Kivi(Method):
         )
         parts = codes.values.code, codes.values.scale, codes.values.least
         values = Coded(*(each[:, :, start:stop] for each in parts))
-        made = decode(keys, self.bits, self.group, dim=2)[:, :, : stop - start]
-        return made, decode(values, self.own_value_bits, self.group, dim=3)
+        made = dequantize(keys, self.bits, self.group, dim=2)[:, :, : stop - start]
+        return made, dequantize(values, self.own_value_bits, self.group, dim=3)
 
     @staticmethod
     def _read(step: Step, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -183,9 +175,10 @@ class Kivi(Method):
         if step.cache.holes:
             real = step.positions.keys(step.cache.stored, step.q.device)[:, 0] >= 0
             for row in range(step.q.shape[0]):
-                self._code_rows(step, slice(row, row + 1), real[row].nonzero()[:, 0])
+                slots = real[row].nonzero()[:, 0]
+                self._code_rows(step, slice(row, row + 1), slots.numel(), slots)
         else:
-            self._code_rows(step, slice(None), torch.arange(step.cache.stored, device=step.q.device))
+            self._code_rows(step, slice(None), step.cache.stored)
         return self._last(step)
 
     def _check_width(self, k: Tensor, v: Tensor) -> None:
@@ -196,11 +189,11 @@ class Kivi(Method):
                 "choose a group that divides the width"
             )
 
-    def _code_rows(self, step: Step, rows: slice, slots: Tensor) -> None:
-        """Code what has left the residual of rows whose tokens lie in these slots, oldest first."""
+    def _code_rows(self, step: Step, rows: slice, held: int, slots: Tensor | None = None) -> None:
+        """Code what has left the residual of rows that hold `held` tokens, oldest first, in these slots or all."""
         if step.state is None:
             step.state = self._empty(step)
-        codes, R, held = step.state, self.residual, slots.numel()
+        codes, R = step.state, self.residual
         # Held tokens begin where values stop being coded.
         begin = int(codes.value_count[rows][0])
         n = begin + held
@@ -211,14 +204,15 @@ class Kivi(Method):
             first = int(counts[rows][0])
             if upto <= first:
                 continue
-            span = slots[first - begin : upto - begin]
+            part = slice(first - begin, upto - begin)
+            span = part if slots is None else slots[part]
             if store is codes.keys:
-                made = encode(step.k[rows].index_select(2, span), self.bits, self.group, dim=2)
+                made = quantize(step.k[rows][:, :, span], self.bits, self.group, dim=2)
                 _put(store, made, rows, first // (32 // self.bits), first // self.group)
                 # The cache has the keys of its last tokens as a step reads them: decoded.
-                step.k[rows, :, span] = decode(made, self.bits, self.group, dim=2)
+                step.k[rows, :, span] = dequantize(made, self.bits, self.group, dim=2)
             else:
-                made = encode(step.v[rows].index_select(2, span), self.own_value_bits, self.group, dim=3)
+                made = quantize(step.v[rows][:, :, span], self.own_value_bits, self.group, dim=3)
                 _put(store, made, rows, first, first)
             counts[rows] = upto
 
@@ -244,45 +238,6 @@ class Kivi(Method):
             *(v.new_zeros(B, H, 0, v.shape[-1] // self.group) for _ in range(2)),
         )
         return Codes(keys, values, none, none.clone())
-
-
-def encode(x: Tensor, bits: int, group: int, dim: int) -> Coded:
-    """Code x [B, H, N, D] in groups of `group` numbers along dim (2: tokens, 3: channels), packed along it."""
-    levels = 2**bits - 1
-    grouped = x.unflatten(dim, (-1, group))
-    least, most = grouped.amin(dim + 1), grouped.amax(dim + 1)
-    scale = (most - least) / levels
-    step = torch.where(scale == 0, 1, scale).unsqueeze(dim + 1)
-    # In bfloat16 the quotient alone would be off by whole codes.
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    code = ((grouped.to(exact) - least.unsqueeze(dim + 1)) / step.to(exact)).clamp(0, levels).round().to(torch.int32)
-    return Coded(pack(code.flatten(dim, dim + 1), bits, dim), scale, least)
-
-
-def decode(coded: Coded, bits: int, group: int, dim: int) -> Tensor:
-    """The numbers back, [B, H, N, D] in the dtype of the scales."""
-    code = unpack(coded.code, bits, dim).unflatten(dim, (-1, group)).to(coded.scale.dtype)
-    made = torch.addcmul(coded.least.unsqueeze(dim + 1), code, coded.scale.unsqueeze(dim + 1))
-    return made.flatten(dim, dim + 1)
-
-
-def pack(code: Tensor, bits: int, dim: int) -> Tensor:
-    """32 / bits codes of consecutive entries along dim in one int32, the first in the lowest bits."""
-    shifts = torch.arange(0, 32, bits, device=code.device, dtype=torch.int32)
-    words = code.unflatten(dim, (-1, shifts.numel()))
-    shape = [1] * words.dim()
-    shape[dim + 1] = -1
-    # Codes do not overlap, so their sum is their union; int32 wraps where the highest bit is set.
-    return torch.bitwise_left_shift(words, shifts.view(shape)).sum(dim + 1, dtype=torch.int32)
-
-
-def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
-    """The inverse of `pack`: int32 codes."""
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    shape = [1] * (words.dim() + 1)
-    shape[dim + 1] = -1
-    code = torch.bitwise_right_shift(words.unsqueeze(dim + 1), shifts.view(shape)) & (2**bits - 1)
-    return code.flatten(dim, dim + 1)
 
 
 def _put(store: Coded, made: Coded, rows: slice, word: int, scale: int) -> None:

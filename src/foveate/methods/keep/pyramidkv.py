@@ -81,4 +81,4 @@ class PyramidKV(WindowVotes):
             counts = self.layer_count(step.layer, step.layers, tokens)
         if self._keeps_all(counts, step.cache.stored):
             return None
-        return Keep(top_slots(hide_padding(self.score(step), step), counts))
+        return Keep(top_slots(hide_padding(self.score(step), step), counts, tight=True))

@@ -177,20 +177,25 @@ class Pages:
         assert self.summary is not None
         return self.summary[:, :, : -(-max(0, self.most - self.skip) // self.size)]
 
-    def slots(self, pages: Tensor) -> Tensor:
+    def slots(self, pages: Tensor, *, ends: bool = False) -> Tensor:
         """The slots of pages [B, H, n] int64 (ascending, -1 absent): int64 [B, H, n * size], -1 absent.
 
-        Where every head's last page is the last one, the slots it lacks are cut off, not marked.
+        ends: every head's list is known to end with the last page. Where it does, the slots that page lacks are cut
+        off, not marked, unless rows differ; on a GPU only where `ends` says so, as looking means waiting.
         """
         rank = self.skip + pages[..., None] * self.size + torch.arange(self.size, device=pages.device)
+        if self.skip or self.ranked is not None:
+            # Else the ranks of absent pages are negative already.
+            rank = torch.where(pages[..., None] >= 0, rank, -1)
+        rank = rank.flatten(2)
         if self.ranked is None:
             last = (self.covered - self.skip - 1) // self.size
             lacking = self.skip + (last + 1) * self.size - self.covered
-            rank = rank.flatten(2)
-            if lacking and bool((pages[..., -1] == last).all()):
+            if lacking and not ends and pages.device.type == "cpu":
+                ends = bool((pages[..., -1] == last).all())
+            if lacking and ends:
                 return rank[..., :-lacking]
-            return self.slot_of(rank)
-        return self.slot_of(torch.where(pages[..., None] >= 0, rank, -1).flatten(2))
+        return self.slot_of(rank)
 
     def slot_of(self, rank: Tensor) -> Tensor:
         """The slots of ranks [B, H, n] int64; absent where a rank is negative or beyond the row."""

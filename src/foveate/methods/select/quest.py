@@ -66,7 +66,7 @@ class Quest(Method):
         if step.phase != "decode" or step.layer < self.dense_layers or step.cache.stored <= self.budget:
             return Dense()
         chosen = self.choose(step)
-        return Dense() if chosen is None else Tokens(step.state.slots(chosen))
+        return Dense() if chosen is None else Tokens(step.state.slots(chosen, ends=self.force_last))
 
     def choose(self, step: Step) -> Tensor | None:
         """Pages that the step's query reads: int64 [B, Hkv or Hq, n] ascending, -1 absent; None: all of every row.

@@ -34,11 +34,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.attention import attend
-from foveate.attention.scoring import RotaryTable, attend_rows, reads_in_place, softmax_votes, take_rows, top_slots
+from foveate.attention import attend, merge
+from foveate.attention.scoring import RotaryTable, Rows, attend_rows, reads_in_place, take_rows, voted_slots
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
 from foveate.methods.select.reuse import WhenDissimilar
@@ -238,15 +237,13 @@ class TokenSelect(Method):
         self, step: Step, rope: RopeLike, ranks: RotaryTable | None, part: Part, query: Tensor, reading: Tensor
     ) -> Tensor:
         """The first tokens, those chosen for qbar, and the last ones; reading: the queries at the last ranks."""
-        far, far_lse = self._read_far(step, rope, ranks, part, query, reading)
+        far = self._far(step, rope, ranks, part, query, reading)
         k, v = part.k[:, :, -self.local :], part.v[:, :, -self.local :]
         if part.q.shape[2] == 1 and step.sink is None:
-            near, near_lse = attend_rows(part.q, k, v, scale=step.scale, softcap=step.softcap)
-        else:
-            near, near_lse = self._read(step, part.q, k, v, return_lse=True)
-        # Both parts hold keys, so the weights of the two are a sigmoid.
-        share = torch.sigmoid(near_lse - far_lse)[..., None]
-        return torch.lerp(far.to(share.dtype), near.to(share.dtype), share).to(part.q.dtype)
+            return attend_rows(far, Rows(part.q, k, v), scale=step.scale, softcap=step.softcap)[0]
+        near, near_lse = self._read(step, part.q, k, v, return_lse=True)
+        o, lse = attend_rows(far, scale=step.scale, softcap=step.softcap)
+        return merge((near, o), (near_lse, lse))[0]
 
     @staticmethod
     def _read(step: Step, q: Tensor, k: Tensor, v: Tensor, return_lse: bool = False):  # type: ignore[no-untyped-def]
@@ -264,24 +261,21 @@ class TokenSelect(Method):
         share = part.q.shape[0] / step.q.shape[0]
         step.run.readings.append(Reading(step.layer, step.phase, read * share, visible * share))
 
-    def _read_far(
+    def _far(
         self, step: Step, rope: RopeLike, ranks: RotaryTable | None, part: Part, query: Tensor, reading: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`reading` over the first tokens and those chosen for qbar."""
+    ) -> Rows:
+        """The first tokens and those chosen for qbar, for `reading`."""
         rows = part.rows
         if self.reuse is None:
-            state, index, lent = None, self._index(query, part.unrotated), True
+            state, index, lent = None, self.votes_for(query, part.unrotated), True
         else:
             state = self._choice(step, part, query)
             index, lent = state.index[rows], not bool((state.copied[rows] | (state.served[rows] >= LEND)).all())
         if lent and ranks is not None and step.softcap is None and reads_in_place(reading, part.unrotated, part.v):
-            table = ranks.rows(0, index.shape[1])
-            return attend_rows(reading, part.unrotated, part.v, index, table, scale=step.scale)
+            return Rows(reading, part.unrotated, part.v, index, ranks.rows(0, index.shape[1]))
         if state is None:
-            keys, values = self._copy(rope, ranks, part, index)
-        else:
-            keys, values = self._copied(state, rope, ranks, part)
-        return attend_rows(reading, keys, values, scale=step.scale, softcap=step.softcap)
+            return Rows(reading, *self._copy(rope, ranks, part, index))
+        return Rows(reading, *self._copied(state, rope, ranks, part))
 
     def _choice(self, step: Step, part: Part, query: Tensor) -> Selection:
         """The selection cache, the choice of the part's rows made for qbar or found to serve it."""
@@ -296,17 +290,12 @@ class TokenSelect(Method):
         state.served[rows] += 1
         due = (state.served[rows] == 0) | WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows])
         if bool(due.any()):
-            index, every, fresh = self._index(query, part.unrotated), bool(due.all()), due.to(query.device)
+            index, every, fresh = self.votes_for(query, part.unrotated), bool(due.all()), due.to(query.device)
             for held, new in ((state.query, query), (state.index, index)):
                 held[rows] = new if every else torch.where(fresh.view(-1, *[1] * (new.dim() - 1)), new, held[rows])
             state.served[rows] = state.served[rows].masked_fill(due, 0)
             state.copied[rows] = False
         return state
-
-    def _index(self, query: Tensor, k: Tensor) -> Tensor:
-        """The places of the first tokens and of those chosen for qbar: int64 [b, sinks + budget]."""
-        first = torch.arange(self.sinks, device=k.device).expand(k.shape[0], -1)
-        return torch.cat((first, self.votes_for(query, k)), 1)
 
     def _copied(self, state: Selection, rope: RopeLike, ranks: RotaryTable | None, part: Part) -> tuple[Tensor, Tensor]:
         """The copies of the part's rows, made where they are not there yet."""
@@ -357,14 +346,12 @@ class TokenSelect(Method):
         return _turned(rope, None, q, self.local).mean(2)
 
     def votes_for(self, query: Tensor, k: Tensor) -> Tensor:
-        """The `budget` middle tokens with most votes, ascending: qbar [B, Hq, D], unrotated k -> int64 [B, budget]."""
-        middle = k[:, :, self.sinks : k.shape[2] - self.local]
+        """The first tokens and the `budget` middle ones with most votes, ascending: qbar [B, Hq, D], unrotated k ->
+        int64 [B, sinks + budget]."""
         if self.head_map == "modulo":
             query = query.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
-        votes = softmax_votes(query, middle, self.scale)
-        if self.kernel > 1:
-            votes = F.max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return top_slots(votes, self.budget)[:, 0] + self.sinks
+        sizes = {"first": self.sinks, "last": self.local, "count": self.budget}
+        return voted_slots(query, k, self.scale, kernel=self.kernel, **sizes)
 
     def select(self, q: Tensor, k: Tensor, rope: RopeLike) -> Tensor:
         """What the last M of N tokens read: unrotated q [B, Hq, M, D], k [B, Hkv, N, D] -> int64 [B, n] ascending."""
@@ -372,8 +359,8 @@ class TokenSelect(Method):
         order = torch.arange(N, device=k.device).expand(B, -1)
         if self.most >= N:
             return order
-        middle = self.votes_for(self.mean_query(q, rope), k)
-        return torch.cat((order[:, : self.sinks], middle, order[:, N - self.local :]), 1)
+        chosen = self.votes_for(self.mean_query(q, rope), k)
+        return torch.cat((chosen, order[:, N - self.local :]), 1)
 
 
 def _turned(rope: RopeLike, ranks: RotaryTable | None, x: Tensor, start: int) -> Tensor:

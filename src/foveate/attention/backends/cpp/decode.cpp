@@ -160,7 +160,7 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
              float* sum) {
     float scores[R * BLOCK];
     const T* values[BLOCK];
-    std::vector<T> turned(turns.pairs ? D : 0);
+    std::vector<T> turned(list && turns.pairs ? D : 0);
     std::fill(acc, acc + R * Dv, 0.0f);
     std::fill(top, top + R, NOTHING);
     std::fill(sum, sum + R, 0.0f);
@@ -174,7 +174,7 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
                 prefetch(v + list[begin + AHEAD] * v_row, Dv);
             }
             const T* key = k + slot * k_row;
-            if (turns.pairs) {
+            if (list && turns.pairs) {
                 int width = 2 * turns.pairs;
                 turn(key, turns.cos + begin * turns.pairs, turns.sin + begin * turns.pairs, turns.pairs, turns.span,
                      turned.data());
@@ -219,42 +219,60 @@ Stretch<T> pick(int rows) {
     }
 }
 
+// Segments of keys, each with its own queries; `parts` of them, `heads` apart, make one softmax.
 template <typename T>
-void run(const T* q, float scale, const T* k, const T* v, const int64_t* k_start, const int64_t* v_start, int64_t k_row,
-         int64_t v_row, const int64_t* list, const int64_t* length, int64_t list_row, int sharing, int64_t limit,
-         const Turns& turns, int heads, int rows, int D, int Dv, int threads, float* out, float* lse) {
+struct Segments {
+    const T* q;
+    float scale;
+    const T* const* k;
+    const T* const* v;
+    int64_t k_row, v_row;
+    const int64_t* const* list;
+    const int64_t* length;
+    int64_t limit;
+    Turns turns;
+    int heads, parts, rows, D, Dv;
+};
+
+template <typename T>
+void run(const Segments<T>& given, int threads, float* out, float* lse) {
+    const int64_t* length = given.length;
+    int heads = given.heads, all = heads * given.parts, rows = given.rows, D = given.D, Dv = given.Dv;
     // Enough stretches that all threads have work, each long enough to pay for its merge.
-    int64_t longest = *std::max_element(length, length + heads);
+    int64_t longest = *std::max_element(length, length + all);
     int wanted = (threads * 2 + heads - 1) / heads;
     int splits = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, longest / 256)));
     int pieces = (rows + 7) / 8;
-    std::vector<float> acc(static_cast<size_t>(heads) * splits * rows * Dv), top(heads * splits * rows),
-        sum(heads * splits * rows);
+    std::vector<float> acc(static_cast<size_t>(all) * splits * rows * Dv), top(all * splits * rows),
+        sum(all * splits * rows);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) collapse(2)
-    for (int h = 0; h < heads; ++h)
+    for (int h = 0; h < all; ++h)
         for (int s = 0; s < splits; ++s) {
             int64_t first = length[h] * s / splits, last = length[h] * (s + 1) / splits;
             for (int piece = 0; piece < pieces; ++piece) {
                 int r = piece * 8, n = std::min(8, rows - r);
                 size_t at = (static_cast<size_t>(h) * splits + s) * rows + r;
-                pick<T>(n)(q + (static_cast<size_t>(h) * rows + r) * D, scale, k + k_start[h], v + v_start[h], k_row, v_row,
-                           list ? list + h / sharing * list_row : nullptr, limit, turns, first, last, D, Dv,
+                pick<T>(n)(given.q + (static_cast<size_t>(h) * rows + r) * D, given.scale, given.k[h], given.v[h],
+                           given.k_row, given.v_row, given.list[h], given.limit, given.turns, first, last, D, Dv,
                            &acc[at * Dv], &top[at], &sum[at]);
             }
         }
     for (int h = 0; h < heads; ++h)
         for (int r = 0; r < rows; ++r) {
             float high = NOTHING, total = 0;
-            for (int s = 0; s < splits; ++s) high = std::max(high, top[(h * splits + s) * rows + r]);
             float* o = out + (static_cast<size_t>(h) * rows + r) * Dv;
             std::fill(o, o + Dv, 0.0f);
-            for (int s = 0; s < splits && high != NOTHING; ++s) {
-                size_t at = (static_cast<size_t>(h) * splits + s) * rows + r;
-                if (top[at] == NOTHING) continue;
-                float share = std::exp(top[at] - high);
-                total += share * sum[at];
-                for (int d = 0; d < Dv; ++d) o[d] += share * acc[at * Dv + place<T>(d, Dv)];
-            }
+            auto at = [&](int part, int s) { return (static_cast<size_t>(part * heads + h) * splits + s) * rows + r; };
+            for (int part = 0; part < given.parts; ++part)
+                for (int s = 0; s < splits; ++s) high = std::max(high, top[at(part, s)]);
+            for (int part = 0; part < given.parts && high != NOTHING; ++part)
+                for (int s = 0; s < splits; ++s) {
+                    size_t i = at(part, s);
+                    if (top[i] == NOTHING) continue;
+                    float share = std::exp(top[i] - high);
+                    total += share * sum[i];
+                    for (int d = 0; d < Dv; ++d) o[d] += share * acc[i * Dv + place<T>(d, Dv)];
+                }
             for (int d = 0; d < Dv && total > 0; ++d) o[d] /= total;
             lse[h * rows + r] = total > 0 ? high + std::log(total) : NOTHING;
         }
@@ -264,21 +282,25 @@ void run(const T* q, float scale, const T* k, const T* v, const int64_t* k_start
 
 extern "C" {
 
-// q [heads, rows, D] of the keys' kind, its products multiplied by scale; k, v: first elements of storage, head h
-// starting at k_start[h], rows k_row elements apart; list [heads / sharing, list_row] key slots (absent: < 0 or >= limit)
-// or null for slots 0..length[h]; length [heads]. Keys of a list are turned as `turn` says by cos, sin [list_row, pairs]
-// before use; pairs 0: as they are.
+// Segment h of heads * parts: queries q[h] [rows, D] of the keys' kind, whose products are multiplied by scale; its keys
+// from k[h], values from v[h], rows k_row and v_row elements apart; length[h] entries of list[h], key slots (absent: < 0
+// or >= limit), or the first length[h] slots where list[h] is null. Keys of a list are turned as `turn` says by cos, sin
+// [entries, pairs] before use; pairs 0: as they are. Segments h, h + heads, ... are attended to as if they were one.
 // out [heads, rows, Dv], lse [heads, rows] float32. kind: 0 float32, 1 bfloat16. D and Dv multiples of 16.
-void foveate_decode(int kind, const void* q, float scale, const void* k, const void* v, const int64_t* k_start,
-                    const int64_t* v_start, int64_t k_row, int64_t v_row, const int64_t* list, const int64_t* length,
-                    int64_t list_row, int sharing, int64_t limit, const float* cos, const float* sin, int pairs, int span,
-                    int heads, int rows, int D, int Dv, int threads, float* out, float* lse) {
+void foveate_decode(int kind, const void* q, float scale, const void* const* k, const void* const* v, int64_t k_row,
+                    int64_t v_row, const int64_t* const* list, const int64_t* length, int64_t limit, const float* cos,
+                    const float* sin, int pairs, int span, int heads, int parts, int rows, int D, int Dv, int threads,
+                    float* out, float* lse) {
     Turns turns{cos, sin, pairs, span};
     if (kind == 0)
-        run(static_cast<const float*>(q), scale, static_cast<const float*>(k), static_cast<const float*>(v), k_start, v_start,
-            k_row, v_row, list, length, list_row, sharing, limit, turns, heads, rows, D, Dv, threads, out, lse);
+        run(Segments<float>{static_cast<const float*>(q), scale, reinterpret_cast<const float* const*>(k),
+                            reinterpret_cast<const float* const*>(v), k_row, v_row, list, length, limit, turns, heads,
+                            parts, rows, D, Dv},
+            threads, out, lse);
     else
-        run(static_cast<const bf16*>(q), scale, static_cast<const bf16*>(k), static_cast<const bf16*>(v), k_start, v_start,
-            k_row, v_row, list, length, list_row, sharing, limit, turns, heads, rows, D, Dv, threads, out, lse);
+        run(Segments<bf16>{static_cast<const bf16*>(q), scale, reinterpret_cast<const bf16* const*>(k),
+                           reinterpret_cast<const bf16* const*>(v), k_row, v_row, list, length, limit, turns, heads,
+                           parts, rows, D, Dv},
+            threads, out, lse);
 }
 }

@@ -326,6 +326,24 @@ void foveate_votes(int kind, const void* q, const void* k, const int64_t* start,
               heads, groups, greatest, scale, threads, weights, out);
 }
 
+// The slots [0, first) and, from the votes of all query heads, the `count` best of the slots first + (0 .. keys - 1) of
+// each sequence: out [batch, first + count] int64, ascending. k: the keys of those slots; count <= keys. Votes that are
+// not numbers choose the lowest slots. weights [batch * heads, rows, keys], votes [batch, keys]: float32, for working.
+void foveate_choose(int kind, const void* q, const void* k, const int64_t* start, int64_t k_row, int64_t keys, int batch,
+                    int heads, int rows, int D, float scale, int threads, float* weights, float* votes, int64_t first,
+                    int64_t count, int64_t* out) {
+    foveate_votes(kind, q, k, start, k_row, keys, batch, heads, rows, D, 1, 0, scale, threads, weights, votes);
+    Ranking ranking;
+    for (int b = 0; b < batch; ++b) {
+        int64_t* slots = out + b * (first + count);
+        for (int64_t j = 0; j < first; ++j) slots[j] = j;
+        slots += first;
+        ranking.best(votes + b * keys, keys, count, slots, count);
+        bool lost = count > 0 && slots[count - 1] < 0;
+        for (int64_t j = 0; j < count; ++j) slots[j] = first + (lost ? j : slots[j]);
+    }
+}
+
 // scores [rows, n] float32, count [rows]; out [rows, width] int64.
 void foveate_top(const float* scores, int64_t rows, int64_t n, const int64_t* count, int64_t width, int threads,
                  int64_t* out) {

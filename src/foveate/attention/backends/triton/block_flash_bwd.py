@@ -1,13 +1,15 @@
-"""Gradients of block-sparse flash attention: queries by the plan's rows, keys and values by its transposed lists.
+"""Gradients of block-sparse flash attention: queries by the plan's rows, keys and values by its transposed lists, and
+single key columns by their stripes (block_flash_bwd_columns.py).
 
     p[i, j] = exp(s[i, j] - lse[i]),  s = scale * q k (capped),  D[i] = sum(dO[i] * O[i]) - dlse[i]
     dS = p * (dO V^T - D) (times 1 - tanh^2 under a cap);  dQ = scale * dS K;  dK = scale * dS^T Q;  dV = p^T dO
     d sink = - sum over queries of exp(sink - lse) * D
     sigmoid weights: p = sigmoid(s + bias),  dS = p * (1 - p) * dO V^T, with no lse and no D; the rest as above
 
-Scores are recomputed from the log-sum-exp. Every gradient is summed by one thread block in a fixed order, so there are
-no atomics and two runs agree bit for bit. The kernel of keys and values computes its scores transposed: a product's
-result is never transposed (design/kernels.md, 6.1). The heads of a KV group are summed in the kernel.
+Scores are recomputed from the log-sum-exp. Every gradient is summed by one thread block in a fixed order (that of a
+column by several, and joined in a fixed order), so there are no atomics and two runs agree bit for bit. The kernel of
+keys and values computes its scores transposed: a product's result is never transposed (design/kernels.md, 6.1). The
+heads of a KV group are summed in the kernel.
 """
 
 from __future__ import annotations
@@ -18,16 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import configs, runtime
-from foveate.attention.backends.triton.block_flash import (
-    check_plan,
-    first_of_tile,
-    place,
-    power_in,
-    products,
-    sigmoid,
-)
+from foveate.attention.backends.triton.block_flash import check_plan, first_of_tile, place, power_in
+from foveate.attention.backends.triton.block_flash_bwd_columns import Columns, add_columns, query_columns
+from foveate.attention.backends.triton.block_flash_bwd_parts import key_tile, query_tile
+from foveate.attention.backends.triton.stripes import Stripes, stripes
 from foveate.attention.sparse_plan import ByKeys, SparsePlan
-from foveate.errors import PlanError
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,43 +46,11 @@ def delta_kernel(
     tl.store(STATE + rows + r, delta, mask=live)
 
 
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b, a in float32 rounded to b's dtype."""
-    if UPCAST:
-        return acc + tl.dot(a, b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _weights(scores, lse, scale, bias, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr):
-    """exp(s - lse) or sigmoid(s + bias), from scores as `products` gives them; lse broadcasts over keys."""
-    if SIGMOID:
-        return sigmoid(scores, scale, bias, SOFTCAP)
-    elif SOFTCAP:
-        return tl.exp2(scores - lse)
-    else:
-        return tl.exp2(scores * scale - lse)
-
-
-@triton.jit
-def _score_gradient(p, dp, delta, scores, softcap, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr):
-    if SIGMOID:
-        ds = p * (1.0 - p) * dp
-    else:
-        ds = p * (dp - delta)
-    if SOFTCAP:
-        t = scores / softcap
-        ds = ds * (1.0 - t * t)
-    return ds
-
-
-@triton.jit(do_not_specialize=["rows", "row_blocks", "m", "n", "total", "scale", "softcap", "bias", "factor"])
+@triton.jit(do_not_specialize=["rows", "row_blocks", "m", "n", "total", "scale", "softcap", "bias", "factor", "width"])
 def query_gradient_kernel(
-    Q, K, V, DO, STATE, DQ, ROW_PTR, COL, N_FULL, ORDER,
+    Q, K, V, DO, STATE, DQ, ROW_PTR, COL, N_FULL, ORDER, KS, VS, COLUMN, BITS, FREE, CUT,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    rows, row_blocks, m, n, total, scale, softcap, bias, factor,
+    rows, row_blocks, m, n, total, scale, softcap, bias, factor, width,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, PLAN_M: tl.constexpr, PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -124,11 +89,7 @@ def query_gradient_kernel(
         v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
         k = tl.load(k_row) if D == BLOCK_D else tl.load(k_row, mask=(d < D)[None, :], other=0.0)
         v = tl.load(v_row) if DV == BLOCK_DV else tl.load(v_row, mask=(dv < DV)[None, :], other=0.0)
-        scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
-        p = _weights(scores, lse[:, None], scale, bias, SOFTCAP, SIGMOID)
-        dp = products(do, v, 0.0, 0.0, False, PRECISION, UPCAST)
-        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP, SIGMOID)
-        acc = _dot(ds, k, acc, PRECISION, UPCAST)
+        acc = query_tile(k, v, None, acc, q, do, lse, delta, scale, softcap, bias, SOFTCAP, SIGMOID, PRECISION, UPCAST)
         start = first_of_tile(COL, j + 1, full * SPLIT, PLAN_N, BLOCK_N)
     start = first_of_tile(COL, full * SPLIT, count * SPLIT, PLAN_N, BLOCK_N)
     for j in range(full * SPLIT, count * SPLIT):
@@ -138,15 +99,18 @@ def query_gradient_kernel(
         v_row = v_at + slot.to(tl.int64)[:, None] * stride_vn + dv[None, :]
         k = tl.load(k_row, mask=there[:, None] & (d < D)[None, :], other=0.0)
         v = tl.load(v_row, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
-        scores = products(q, k, scale, softcap, SOFTCAP, PRECISION, UPCAST)
         see = there[None, :]
         if CAUSAL:
             see = see & (slot[None, :] <= q_pos[:, None])
-        p = tl.where(see, _weights(scores, lse[:, None], scale, bias, SOFTCAP, SIGMOID), 0.0)
-        dp = products(do, v, 0.0, 0.0, False, PRECISION, UPCAST)
-        ds = _score_gradient(p, dp, delta[:, None], scores, softcap, SOFTCAP, SIGMOID)
-        acc = _dot(ds, k, acc, PRECISION, UPCAST)
+        acc = query_tile(k, v, see, acc, q, do, lse, delta, scale, softcap, bias, SOFTCAP, SIGMOID, PRECISION, UPCAST)
         start = first_of_tile(COL, j + 1, count * SPLIT, PLAN_N, BLOCK_N)
+    if KS is not None:
+        # Stripes belong to query heads where the plan does, else to KV heads.
+        stripe = (b * HQ + h if HEADS == HQ else b * HKV + hkv) * width
+        acc = query_columns(
+            acc, q, do, lse, delta, q_pos, row, row // row_blocks, stripe, KS, VS, COLUMN, BITS, FREE, CUT, width,
+            scale, softcap, bias, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, SOFTCAP, SIGMOID, PRECISION, UPCAST,
+        )  # fmt: skip
     tl.store(
         DQ + out_row[:, None] * D + d[None, :],
         (acc * factor).to(DQ.dtype.element_ty),
@@ -154,50 +118,11 @@ def query_gradient_kernel(
     )
 
 
-@triton.jit
-def _key_tile(
-    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap, bias,
-    MASKED: tl.constexpr, EVEN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a tile of keys and values from BLOCK_M queries; EVEN: no tile ends past the last query."""
-    r = start + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    q_row = q_at + r.to(tl.int64)[:, None] * stride_qm + d[None, :]
-    do_row = do_at + r.to(tl.int64)[:, None] * DV + dv[None, :]
-    lse = tl.zeros([BLOCK_M], tl.float32)
-    delta = tl.zeros([BLOCK_M], tl.float32)
-    if EVEN:
-        q = tl.load(q_row) if D == BLOCK_D else tl.load(q_row, mask=(d < D)[None, :], other=0.0)
-        do = tl.load(do_row) if DV == BLOCK_DV else tl.load(do_row, mask=(dv < DV)[None, :], other=0.0)
-        if not SIGMOID:
-            lse = tl.load(lse_at + r)
-            delta = tl.load(delta_at + r)
-    else:
-        # A query past the last one has dO = 0, so its weights add nothing whatever they are.
-        live = r < m
-        q = tl.load(q_row, mask=live[:, None] & (d < D)[None, :], other=0.0)
-        do = tl.load(do_row, mask=live[:, None] & (dv < DV)[None, :], other=0.0)
-        if not SIGMOID:
-            lse = tl.load(lse_at + r, mask=live, other=float("inf"))
-            delta = tl.load(delta_at + r, mask=live, other=0.0)
-    scores = products(k, q, scale, softcap, SOFTCAP, PRECISION, UPCAST)
-    p = _weights(scores, lse[None, :], scale, bias, SOFTCAP, SIGMOID)
-    if MASKED:
-        p = tl.where(slot[:, None] <= (n - m + r)[None, :], p, 0.0)
-    dv_acc = _dot(p, do, dv_acc, PRECISION, UPCAST)
-    dp = products(v, do, 0.0, 0.0, False, PRECISION, UPCAST)
-    ds = _score_gradient(p, dp, delta[None, :], scores, softcap, SOFTCAP, SIGMOID)
-    return _dot(ds, q, dk, PRECISION, UPCAST), dv_acc
-
-
-@triton.jit(do_not_specialize=["key_blocks", "m", "n", "total", "scale", "softcap", "bias", "factor"])
+@triton.jit(do_not_specialize=["key_blocks", "m", "n", "total", "scale", "softcap", "bias", "factor", "width"])
 def key_gradient_kernel(
-    Q, K, V, DO, STATE, DK, DV_OUT, PTR, ROW, N_MASKED, ORDER,
+    Q, K, V, DO, STATE, DK, DV_OUT, PTR, ROW, N_MASKED, ORDER, SUM_K, SUM_V, PLACE,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    key_blocks, m, n, total, scale, softcap, bias, factor,
+    key_blocks, m, n, total, scale, softcap, bias, factor, width,
     HQ: tl.constexpr, HKV: tl.constexpr, HEADS: tl.constexpr, BATCHED: tl.constexpr, PLAN_M: tl.constexpr,
     PLAN_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -206,7 +131,8 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Grid (parts of key blocks, key blocks, KV heads, sequences, in one number); a KV head's query heads in turn.
 
-    Key blocks go longest list first, by the lists of the group's first head.
+    Key blocks go longest list first, by the lists of the group's first head. SUM_K, SUM_V, PLACE: what columns have
+    added up already, and where (`Columns`).
     """
     PARTS: tl.constexpr = PLAN_N // BLOCK_N
     SPLIT: tl.constexpr = PLAN_M // BLOCK_M
@@ -255,18 +181,24 @@ def key_gradient_kernel(
         if CAUSAL:
             start = first_of_tile(rows, 0, masked, PLAN_M, BLOCK_M)
             for j in range(0, masked):
-                dk, dv_acc = _key_tile(
-                    start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap, bias,
-                    True, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, SIGMOID, PRECISION, UPCAST,
+                dk, dv_acc = key_tile(
+                    start, None, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
+                    bias, True, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, SIGMOID, PRECISION, UPCAST,
                 )  # fmt: skip
                 start = first_of_tile(rows, j + 1, masked, PLAN_M, BLOCK_M)
         start = first_of_tile(rows, masked, count, PLAN_M, BLOCK_M)
         for j in range(masked, count):
-            dk, dv_acc = _key_tile(
-                start, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap, bias,
-                False, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, SIGMOID, PRECISION, UPCAST,
+            dk, dv_acc = key_tile(
+                start, None, k, v, dk, dv_acc, slot, q_at, do_at, lse_at, delta_at, stride_qm, m, n, scale, softcap,
+                bias, False, EVEN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, SOFTCAP, SIGMOID, PRECISION, UPCAST,
             )  # fmt: skip
             start = first_of_tile(rows, j + 1, count, PLAN_M, BLOCK_M)
+    if PLACE is not None:
+        for g in range(G if HEADS == HQ else 1):
+            stripe = b * HQ + hkv * G + g if HEADS == HQ else b * HKV + hkv
+            dk, dv_acc = add_columns(
+                dk, dv_acc, SUM_K, SUM_V, PLACE, plan_head + g, stripe, slot, n, width, D, DV, BLOCK_D, BLOCK_DV
+            )
     out_row = head.to(tl.int64) * n + slot
     tl.store(
         DK + out_row[:, None] * D + d[None, :],
@@ -309,20 +241,19 @@ def block_flash_bwd(
     softcap: float | None = None,
     bias: float | None = None,
     lists: ByKeys | None = None,
+    columns: Stripes | None = None,
     config: tuple[configs.BackwardConfig, configs.BackwardConfig] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `block_flash_fwd` at its inputs and results, for gradients `do` of o and `dlse` of lse.
 
-    The plan may have no columns; lists: its transposed lists where they are made already. With a bias (sigmoid weights)
-    dlse, o and lse are not read, and may be None.
+    lists, columns: the plan's transposed lists, and its columns as kernels read them, where they are made already. With
+    a bias (sigmoid weights) dlse, o and lse are not read, and may be None.
     Returns dq, dk, dv (contiguous, in their inputs' dtypes) and D [B, Hq, M] float32, from which a sink's gradient
     follows (None with a bias).
     """
     B, Hq, M, D = q.shape
     _, Hkv, N, DV = v.shape
     check_plan(plan, B, Hq, Hkv, M, N)
-    if plan.columns is not None:
-        raise PlanError("block_flash_bwd reads plans of blocks; a plan with columns has no gradients here")
     scale = D**-0.5 if scale is None else scale
     do = do.contiguous()
     dq = torch.empty(B, Hq, M, D, dtype=q.dtype, device=q.device)
@@ -344,23 +275,35 @@ def block_flash_bwd(
         (bias or 0.0) * runtime.LOG2E, scale,
     )  # fmt: skip
     shape = {
-        "HQ": Hq, "HKV": Hkv, "HEADS": plan.heads, "PLAN_M": plan.block_m, "PLAN_N": plan.block_n,
+        "HQ": Hq, "HKV": Hkv, "HEADS": plan.heads, "PLAN_M": plan.block_m,
         "D": D, "DV": DV, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "CAUSAL": causal, "SOFTCAP": bool(softcap),
         "SIGMOID": bias is not None, "PRECISION": runtime.dot_precision(q.dtype), "UPCAST": runtime.upcast(q.dtype),
     }  # fmt: skip
     most_m, most_n = power_in(plan.block_m), power_in(plan.block_n)
     block_m, block_n = min(most_m, by_query.block_m), min(most_n, by_query.block_n)
+    single, width = None, 0
+    listed: tuple[Tensor | None, ...] = (None,) * 6
+    sums: tuple[Tensor | None, ...] = (None,) * 3
+    if columns is None and plan.columns is not None and plan.columns.shape[-1]:
+        columns = stripes(plan, causal)
+    if columns is not None:
+        single = Columns.of(columns, k, v, plan)
+        width = single.width
+        listed = (single.keys, single.values, columns.column, columns.bits, columns.free, columns.cut)
     query_gradient_kernel[(B * Hq * plan.row_blocks * (plan.block_m // block_m),)](
-        q, k, v, do, state, dq, plan.row_ptr, plan.col, plan.n_full, plan.order, *strides,
-        plan.batch * plan.heads * plan.row_blocks, plan.row_blocks, M, N, total, *factors,
-        BLOCK_M=block_m, BLOCK_N=block_n, **shape, num_warps=by_query.num_warps, num_stages=by_query.num_stages,
+        q, k, v, do, state, dq, plan.row_ptr, plan.col, plan.n_full, plan.order, *listed, *strides,
+        plan.batch * plan.heads * plan.row_blocks, plan.row_blocks, M, N, total, *factors, width,
+        PLAN_N=plan.block_n, BLOCK_M=block_m, BLOCK_N=block_n, **shape,
+        num_warps=by_query.num_warps, num_stages=by_query.num_stages,
     )  # fmt: skip
     lists = lists or plan.by_keys
     block_m, block_n = min(most_m, by_key.block_m), min(most_n, by_key.block_n)
+    if single is not None:
+        sums = (*single.gradients(do, q, state, plan, by_key, block_m, factors[:3], shape), single.place)
     key_gradient_kernel[(B * Hkv * plan.key_blocks * (plan.block_n // block_n),)](
-        q, k, v, do, state, dk, dv, lists.ptr, lists.row, lists.n_masked, lists.order, *strides,
-        plan.key_blocks, M, N, total, *factors,
-        BATCHED=plan.batch > 1, EVEN=M % plan.block_m == 0, BLOCK_M=block_m, BLOCK_N=block_n, **shape,
-        num_warps=by_key.num_warps, num_stages=by_key.num_stages,
+        q, k, v, do, state, dk, dv, lists.ptr, lists.row, lists.n_masked, lists.order, *sums, *strides,
+        plan.key_blocks, M, N, total, *factors, width,
+        BATCHED=plan.batch > 1, EVEN=M % plan.block_m == 0, PLAN_N=plan.block_n, BLOCK_M=block_m, BLOCK_N=block_n,
+        **shape, num_warps=by_key.num_warps, num_stages=by_key.num_stages,
     )  # fmt: skip
     return dq, dk, dv, None if state is None else state[1]

@@ -140,7 +140,8 @@ class BackwardConfig:
 
 # D -> (gradients of queries, gradients of keys and values). D 128: checked and timed on an H200, the fastest (32k
 # tokens, density 0.107: gpu_attention2_h200.json). D 64: timed there against no other (gpu_sigmoid_h200.json), with no
-# error in the repository; `benchmarks/gpu_sigmoid.py --only shapes` checks it. D 256: unchecked.
+# error in the repository; `benchmarks/gpu_sigmoid.py --only shapes` checks it. D 256: unchecked. Plans
+# with columns, whose kernel takes the second entry too: unchecked.
 BACKWARD: dict[int, tuple[BackwardConfig, BackwardConfig]] = {
     64: (BackwardConfig(128, 64, 8, 3), BackwardConfig(64, 128, 8, 3)),
     128: (BackwardConfig(128, 64, 8, 3), BackwardConfig(64, 64, 4, 2)),

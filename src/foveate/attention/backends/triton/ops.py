@@ -24,7 +24,6 @@ from foveate.attention.backends.triton.operators import LIBRARY, operator
 from foveate.attention.backends.triton.stripes import Stripes, stripes
 from foveate.attention.backends.triton.topk import topk_select
 from foveate.attention.sparse_plan import ByKeys, SparsePlan
-from foveate.errors import BackendError, PlanError
 
 
 def _like_attention(q: Tensor, width: int | torch.SymInt) -> tuple[Tensor, Tensor]:
@@ -37,6 +36,15 @@ def _like_block_flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any, bias: float |
     o, lse = _like_attention(q, v.shape[3])
     softmax = bias is None and all(each is None for each in rest[20:])
     return o, lse if softmax else lse[:, :, :0].contiguous()
+
+
+def _stripes(column: Tensor | None, bits: Tensor | None, free: Tensor | None, cut: Tensor | None) -> Stripes | None:
+    if column is None:
+        return None
+    assert bits is not None
+    assert free is not None
+    assert cut is not None
+    return Stripes(column, bits, free, cut)
 
 
 @operator(_like_block_flash)
@@ -66,12 +74,7 @@ def _block_flash(
     softcap: float | None,
     bias: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    columns = None
-    if column is not None:
-        assert bits is not None
-        assert free is not None
-        assert cut is not None
-        columns = Stripes(column, bits, free, cut)
+    columns = _stripes(column, bits, free, cut)
     plan = SparsePlan(row_ptr, col, n_full, order, batch, heads, q.shape[2], k.shape[2], block_m, block_n)
     o, lse = forward.block_flash_fwd(
         q, k, v, plan, scale=scale, causal=causal, sink=sink, softcap=softcap, bias=bias, columns=columns
@@ -101,6 +104,10 @@ def _block_flash_gradients(
     col: Tensor,
     n_full: Tensor,
     order: Tensor,
+    column: Tensor | None,
+    bits: Tensor | None,
+    free: Tensor | None,
+    cut: Tensor | None,
     key_ptr: Tensor | None,
     key_row: Tensor | None,
     key_masked: Tensor | None,
@@ -122,22 +129,31 @@ def _block_flash_gradients(
         lists = ByKeys(key_ptr, key_row, key_masked, key_order)
     plan = SparsePlan(row_ptr, col, n_full, order, batch, heads, q.shape[2], k.shape[2], block_m, block_n)
     dq, dk, dv, delta = backward.block_flash_bwd(
-        do, dlse, q, k, v, o, lse, plan, scale=scale, causal=causal, softcap=softcap, bias=bias, lists=lists
+        do,
+        dlse,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        plan,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
+        bias=bias,
+        lists=lists,
+        columns=_stripes(column, bits, free, cut),
     )
     return dq, dk, dv, torch.empty_like(lse) if delta is None else delta
 
 
 def _save_block_flash(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *rows = inputs[:7]
-    lists, sink = inputs[11:15], inputs[15]
-    ctx.columns = inputs[7] is not None
+    q, k, v, *listed = inputs[:15]
     ctx.options = inputs[16:]
-    ctx.save_for_backward(q, k, v, *output, *rows, *lists, sink)
+    ctx.save_for_backward(q, k, v, *output, *listed, inputs[15])
 
 
 def _block_flash_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.columns:
-        raise BackendError("the Triton kernels have no gradients of key columns; use backend='torch'")
     *given, sink = ctx.saved_tensors
     dq, dk, dv, delta = _block_flash_gradients(do, dlse, *given, *ctx.options)
     d_sink = None
@@ -165,16 +181,11 @@ def block_flash(
     softcap: float | None = None,
     bias: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`block_flash_fwd` as an operator with gradients: o [B, Hq, M, Dv] and lse [B, Hq, M] float32 (None with a bias).
-
-    A plan with columns has no gradients: PlanError where one is asked for.
-    """
+    """`block_flash_fwd` as an operator with gradients: o [B, Hq, M, Dv], lse [B, Hq, M] float32 (None with a bias)."""
     forward.check_plan(plan, q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink))
     columns: tuple[Tensor | None, ...] = (None,) * 4
     if plan.columns is not None and plan.columns.shape[-1]:
-        if learns:
-            raise PlanError("a plan with columns has no gradients; use backend='torch'")
         own = stripes(plan, causal)
         columns = (own.column, own.bits, own.free, own.cut)
     lists: tuple[Tensor | None, ...] = (None,) * 4
@@ -260,14 +271,14 @@ def gather_decode(
     return o, lse
 
 
-@operator(lambda scores, k, length: scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32))
-def _topk(scores: Tensor, k: int, length: Tensor | None) -> Tensor:
-    return topk_select(scores, k, length=length)
+@operator(lambda scores, k, *rest, **named: scores.new_empty(*scores.shape[:-1], k, dtype=torch.int32))
+def _topk(scores: Tensor, k: int, length: Tensor | None, finite: bool = False) -> Tensor:
+    return topk_select(scores, k, length=length, finite=finite)
 
 
-def topk(scores: Tensor, k: int, *, length: Tensor | None = None) -> Tensor:
+def topk(scores: Tensor, k: int, *, length: Tensor | None = None, finite: bool = False) -> Tensor:
     """`topk_select` as an operator: int32 [..., k], ascending, -1 where a row has fewer scores."""
-    positions: Tensor = _topk(scores.detach(), k, length)
+    positions: Tensor = _topk(scores.detach(), k, length, finite)
     return positions
 
 

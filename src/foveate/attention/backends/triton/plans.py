@@ -1,7 +1,7 @@
 """The Triton backend: a few queries over all or listed keys by `gather_decode`, block plans by `block_flash`.
 
-Block plans have gradients, the others none here. With sigmoid weights, for which torch has no fused attention, dense
-prompts are block plans too, and few queries are left to torch.
+Block and vertical-slash plans have gradients, the others none here. With sigmoid weights, for which torch has no fused
+attention, dense prompts are block plans too, and few queries are left to torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def why_not(call: Call) -> str | None:
         return reason
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"the kernels hold heads of at most {MAX_WIDTH} features, not {max(q.shape[-1], v.shape[-1])}"
-    if _learns(call) and not isinstance(call.plan, Blocks) and not _dense_prompt(call):
+    if _learns(call) and not isinstance(call.plan, Blocks | VerticalSlash) and not _dense_prompt(call):
         return f"the kernels have no gradients for {type(call.plan).__name__} plans"
     if k.stride(-1) != 1 or v.stride(-1) != 1 or call.m > call.n:
         return "keys and values need a unit last stride, and queries must not outnumber them"

@@ -83,10 +83,16 @@ class Cut:
         cls, batch: int, tokens: int, offsets: Sequence[int] | None, *,
         chunk: int, pieces: int, device: torch.device, longest: int | None = None,
     ) -> Cut:  # fmt: skip
-        """About `pieces` pieces in all, none longer than `longest` tokens."""
+        """About `pieces` pieces in all, none longer than `longest` tokens; none of an empty batch.
+
+        Raises ShapeError for sequences without any token, and for more than a grid takes.
+        """
         lengths = [tokens] if offsets is None else [b - a for a, b in pairwise(offsets)]
         most = max(lengths)
-        wanted = runtime.cdiv(pieces * most, sum(lengths) if offsets is not None else batch * tokens)
+        if most == 0:
+            raise ShapeError("q has T = 0, allowed: at least one token")
+        total = sum(lengths) if offsets is not None else batch * tokens
+        wanted = max(1, runtime.cdiv(pieces * most, max(1, total)))
         size = runtime.cdiv(runtime.cdiv(most, wanted), chunk) * chunk
         if longest is not None:
             size = min(size, max(1, longest // chunk) * chunk)

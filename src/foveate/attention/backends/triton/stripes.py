@@ -35,6 +35,12 @@ class Stripes:
     cut: Tensor
 
 
+@triton.jit
+def read_bits(BITS, at, cut):
+    """Whether the columns `at` of a row's stripe, below `cut`, are to be read, as 0 or 1."""
+    return (tl.load(BITS + at // 32, mask=at < cut, other=0) >> (at % 32)) & 1
+
+
 @triton.jit(do_not_specialize=["row_blocks", "n", "width", "words"])
 def uncovered_kernel(
     COLUMN, BLOCKS, BITS, row_blocks, n, width, words, BLOCK_N: tl.constexpr, STEP: tl.constexpr

@@ -14,7 +14,7 @@ The sample decides the time, never the result: where fewer than k scores were ke
 grows with the list, which every thread block of a row reads; scores that are all equal there do not cost more. Short
 rows are done by one thread block each in one launch.
 
-Safe in a CUDA graph. NaN counts as the lowest score, and -0 equals +0. Memory: 12 bytes per score.
+Safe in a CUDA graph. NaN counts as -inf, and -0 equals +0. Memory: 12 bytes per score.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.attention.backends.triton import configs, runtime
-from foveate.attention.backends.triton.topk_bins import LOWEST, bin_of, bounds, ordered
-from foveate.attention.backends.triton.topk_keys import choose, digit_of, digits_above, keys
+from foveate.attention.backends.triton.topk_bins import LOWEST, bin_of, bounds, ordered, threshold_bin
+from foveate.attention.backends.triton.topk_keys import choose, digit_of, digits_above, finite_alone, keys, least_key
 from foveate.errors import ShapeError
 
 
@@ -122,31 +122,6 @@ def sift_kernel(
         tl.store(STATE + row * 8 + 4, shift)
 
 
-@triton.jit
-def _threshold_bin(TABLE, row, c, chunks, need, GROUP: tl.constexpr):
-    """The bin of the need-th largest; how many lie in larger scores' bins and how many in it; and the same two of the
-    chunks before c."""
-    table = TABLE + row.to(tl.int64) * chunks * 256 + tl.arange(0, 256)
-    total = tl.zeros([256], tl.int32)
-    before = tl.zeros([256], tl.int32)
-    for first in range(0, chunks, GROUP):
-        # Unrolled, so that all loads are in flight together.
-        for each in tl.static_range(GROUP):
-            inside = (tl.arange(0, 256) >= 0) & (first + each < chunks)
-            counts = tl.load(table + (first + each) * 256, mask=inside, other=0).to(tl.int32)
-            total += counts
-            before += tl.where(first + each < c, counts, 0)
-    upto = tl.cumsum(total, 0)
-    larger = upto < need
-    here = (upto >= need) & (upto - total < need)
-    # Two counts in one sum.
-    both = (total.to(tl.int64) << 32) | before.to(tl.int64)
-    above = tl.sum(tl.where(larger, both, 0), 0)
-    within = tl.sum(tl.where(here, both, 0), 0)
-    chosen = tl.sum(larger.to(tl.int32), 0)
-    return chosen, (above >> 32).to(tl.int32), (within >> 32).to(tl.int32), above.to(tl.int32), within.to(tl.int32)
-
-
 @triton.jit(do_not_specialize=["room", "n", "k", "chunks", "chunk"])
 def candidates_kernel(
     SCORES, LENGTH, KEPT, COUNT, TABLE, STATE, OFFERS, LIST,
@@ -170,7 +145,7 @@ def candidates_kernel(
     start = tl.load(STATE + row * 8 + 3)
     shift = tl.load(STATE + row * 8 + 4)
     need = tl.minimum(k, n)
-    chosen, above, count, larger, listed = _threshold_bin(TABLE, row, c, chunks, need, GROUP)
+    chosen, above, count, larger, listed = threshold_bin(TABLE, row, c, chunks, need, GROUP)
     kept = KEPT + place * chunk
     if chosen > 253:
         # The bound was too high: keep all.
@@ -248,7 +223,7 @@ def _list_counts(LIST, count, threshold, BLOCK: tl.constexpr):
 def compact_kernel(
     LENGTH, KEPT, STATE, OFFERS, LIST, OUT,
     room, n, k, chunks, chunk,
-    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, LISTED: tl.constexpr, FINITE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write a chunk's selected positions behind those of the chunks before it; grid (chunks, rows)."""
     c, row = tl.program_id(0), tl.program_id(1)
@@ -269,6 +244,9 @@ def compact_kernel(
         threshold, need = _list_threshold(LIST, tl.load(STATE + row * 8 + 6), need, least, most, LISTED)
         over, equal = _list_counts(LIST, equal, threshold, LISTED)
         larger += over
+    filled = tl.minimum(k, n)
+    if FINITE:
+        need, filled = finite_alone(threshold, LOWEST ^ least_key(tl.float32), need, filled)
     out = OUT + row.to(tl.int64) * k
     kept = KEPT + (row.to(tl.int64) * chunks + c) * chunk
     for first in range(0, many, WIDTH):
@@ -277,11 +255,11 @@ def compact_kernel(
         larger, equal = _write(
             out, position, (at < many) & (o > threshold), (at < many) & (o == threshold), need, larger, equal
         )  # fmt: skip
-    if LENGTH is not None:
+    if FINITE or LENGTH is not None:
         # Rows with fewer than k scores end with -1.
         for first in range(c * WIDTH, k, chunks * WIDTH):
             at = first + tl.arange(0, WIDTH)
-            tl.store(out + at, -1, mask=(at >= n) & (at < k))
+            tl.store(out + at, -1, mask=(at >= filled) & (at < k))
 
 
 @triton.jit
@@ -299,7 +277,9 @@ def _write(out, position, over, same, need, larger, equal):
 
 
 @triton.jit(do_not_specialize=["n", "k"])
-def single_kernel(SCORES, LENGTH, OUT, stride, n, k, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def single_kernel(
+    SCORES, LENGTH, OUT, stride, n, k, BITS: tl.constexpr, FINITE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """The whole selection of one row that fits in registers; grid (rows,)."""
     row = tl.program_id(0)
     n = _row_length(LENGTH, row, n)
@@ -315,6 +295,9 @@ def single_kernel(SCORES, LENGTH, OUT, stride, n, k, BITS: tl.constexpr, BLOCK: 
         chosen, above = choose(tl.histogram(digit_of(key, BITS - 8 - 8 * step), 256, mask=same), need)
         prefix = (prefix << 8) | chosen
         need -= above
+    filled = tl.minimum(k, n)
+    if FINITE:
+        need, filled = finite_alone(prefix, least_key(SCORES.dtype.element_ty), need, filled)
     none = tl.full([], 0, tl.int32)
     if BITS == 32:
         # As unsigned numbers.
@@ -322,19 +305,25 @@ def single_kernel(SCORES, LENGTH, OUT, stride, n, k, BITS: tl.constexpr, BLOCK: 
     else:
         over = key > prefix
     _write(out, at, inside & over, inside & (key == prefix), need, none, none)
-    if LENGTH is not None:
+    if FINITE or LENGTH is not None:
         for start in range(0, k, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            tl.store(out + place, -1, mask=(place >= n) & (place < k))
+            tl.store(out + place, -1, mask=(place >= filled) & (place < k))
 
 
 def topk_select(
-    scores: Tensor, k: int, *, length: Tensor | None = None, config: configs.TopkConfig | None = None
+    scores: Tensor,
+    k: int,
+    *,
+    length: Tensor | None = None,
+    finite: bool = False,
+    config: configs.TopkConfig | None = None,
 ) -> Tensor:
     """Positions of the k largest scores of each row.
 
     scores: float32, bfloat16 or float16 [..., N], last stride 1.    k: 1 .. N.
     length: int32 or int64 [...], scores in use per row; a row with fewer than k ends with -1.
+    finite: -inf and NaN are never taken either.
     Returns int32 [..., k], ascending; of equal scores the ones at the lowest positions.
     """
     N = scores.shape[-1]
@@ -352,17 +341,21 @@ def topk_select(
     if N <= configs.TOPK_SINGLE and config is None:
         block = runtime.power_of_two(N, 128)
         warps = 16 if block > 4096 else 8 if block > 1024 else 4
-        single_kernel[(R,)](scores, length, out, scores.stride(0), N, k, BITS=bits, BLOCK=block, num_warps=warps)
+        single_kernel[(R,)](
+            scores, length, out, scores.stride(0), N, k, BITS=bits, FINITE=finite, BLOCK=block, num_warps=warps
+        )
         return out.view(*shape, k)
     # A row takes one place of the grid's second axis.
     config = config or (configs.TOPK if N <= configs.TOPK_LONG else configs.TOPK_OF_LONG)
     for part in runtime.batches(R, 1):
         own = None if length is None else runtime.part_of(length, part)
-        _by_chunks(runtime.part_of(scores, part), own, k, config, runtime.part_of(out, part))
+        _by_chunks(runtime.part_of(scores, part), own, k, finite, config, runtime.part_of(out, part))
     return out.view(*shape, k)
 
 
-def _by_chunks(scores: Tensor, length: Tensor | None, k: int, config: configs.TopkConfig, out: Tensor) -> None:
+def _by_chunks(
+    scores: Tensor, length: Tensor | None, k: int, finite: bool, config: configs.TopkConfig, out: Tensor
+) -> None:
     """The three launches for scores [R, N], into out [R, k]."""
     (R, N), device = scores.shape, scores.device
     chunks = max(1, min(config.most_chunks, config.per_sm * runtime.multiprocessors(device.index) // R))
@@ -395,5 +388,5 @@ def _by_chunks(scores: Tensor, length: Tensor | None, k: int, config: configs.To
     )  # fmt: skip
     compact_kernel[grid](
         length, kept, state, offers, listed, out, N, N, k, chunks, chunk,
-        CHUNKS=runtime.power_of_two(chunks), LISTED=512, **options,
+        CHUNKS=runtime.power_of_two(chunks), LISTED=512, FINITE=finite, **options,
     )  # fmt: skip

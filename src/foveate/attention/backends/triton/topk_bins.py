@@ -17,7 +17,7 @@ LOWEST: tl.constexpr = tl.constexpr(-2147483648)
 
 @triton.jit
 def ordered(x):
-    """Scores as int32 that order, signed, like them; NaN is the lowest."""
+    """Scores as int32 that order, signed, like them; NaN is -inf."""
     return keys(x.to(tl.float32), 32) ^ LOWEST
 
 
@@ -78,3 +78,28 @@ def bounds(scores, n, k):
     for bit in tl.static_range(8, 32):
         shift += ((span >> bit) > 0).to(tl.int32)
     return tl.where(everything, LOWEST, low), lowest, near, start, shift
+
+
+@triton.jit
+def threshold_bin(TABLE, row, c, chunks, need, GROUP: tl.constexpr):
+    """The bin of the need-th largest; how many lie in larger scores' bins and how many in it; and the same two of the
+    chunks before c."""
+    table = TABLE + row.to(tl.int64) * chunks * 256 + tl.arange(0, 256)
+    total = tl.zeros([256], tl.int32)
+    before = tl.zeros([256], tl.int32)
+    for first in range(0, chunks, GROUP):
+        # Unrolled, so that all loads are in flight together.
+        for each in tl.static_range(GROUP):
+            inside = (tl.arange(0, 256) >= 0) & (first + each < chunks)
+            counts = tl.load(table + (first + each) * 256, mask=inside, other=0).to(tl.int32)
+            total += counts
+            before += tl.where(first + each < c, counts, 0)
+    upto = tl.cumsum(total, 0)
+    larger = upto < need
+    here = (upto >= need) & (upto - total < need)
+    # Two counts in one sum.
+    both = (total.to(tl.int64) << 32) | before.to(tl.int64)
+    above = tl.sum(tl.where(larger, both, 0), 0)
+    within = tl.sum(tl.where(here, both, 0), 0)
+    chosen = tl.sum(larger.to(tl.int32), 0)
+    return chosen, (above >> 32).to(tl.int32), (within >> 32).to(tl.int32), above.to(tl.int32), within.to(tl.int32)

@@ -7,8 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
+def least_key(dtype: tl.constexpr):
+    """The key of -inf."""
+    return 0x007FFFFF if dtype == tl.float32 else 0x03FF if dtype == tl.float16 else 0x007F
+
+
+@triton.jit
 def keys(x, BITS: tl.constexpr):
-    """Scores as int32 whose bits, read as an unsigned number of BITS bits, order like the scores; NaN is 0."""
+    """Scores as int32 whose bits, read as an unsigned number of BITS bits, order like the scores; NaN is -inf."""
     if BITS == 32:
         raw = x.to(tl.int32, bitcast=True)
         nan = (raw & 0x7FFFFFFF) > 0x7F800000
@@ -20,7 +26,7 @@ def keys(x, BITS: tl.constexpr):
         nan = (raw & 0x7FFF) > infinity
         raw = tl.where(raw == 0x8000, 0, raw)
         key = tl.where(raw > 0x7FFF, 0xFFFF - raw, raw | 0x8000)
-    return tl.where(nan, 0, key)
+    return tl.where(nan, least_key(x.dtype), key)
 
 
 @triton.jit
@@ -44,3 +50,10 @@ def choose(counts, need):
     above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
     chosen = tl.max(tl.where(above + counts >= need, digit, 0), 0)
     return chosen, tl.sum(tl.where(digit > chosen, counts, 0), 0)
+
+
+@triton.jit
+def finite_alone(threshold, lowest, need, filled):
+    """`need` of the scores at the threshold and `filled` in all, but none that is `lowest`, the number of -inf."""
+    absent = threshold == lowest
+    return tl.where(absent, 0, need), tl.where(absent, filled - need, filled)
