@@ -280,3 +280,15 @@ def test_bad_rows() -> None:
         take_rows(x, index, out=torch.empty(1, 2, 5, 16))
     with pytest.raises(ShapeError):
         take_rows(x, index[0])
+
+
+@pytest.mark.parametrize("rotate", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", GATES)
+def test_a_vector_turned_to_each_position(dtype: torch.dtype, rotate: object, backend: str) -> None:
+    assert callable(rotate)
+    x, at = torch.randn(2, 5, 1, 16).to(dtype), torch.tensor([0, 7, 100])
+    table = RotaryTable.of(rotate, at, x)
+    assert table is not None
+    found, expected = table.turn_to_each(x), rotate(x.double().expand(-1, -1, 3, -1), at[None])
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= GATES[dtype] * (1 if dtype != torch.float64 else 1e3) * expected.norm()

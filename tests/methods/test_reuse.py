@@ -1,11 +1,11 @@
-"""The nearest of earlier queries, head by head."""
+"""The nearest of earlier queries, head by head, and the similarity of all heads together."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from foveate.methods.select.reuse import NEVER, NearestQuery
+from foveate.methods.select.reuse import NEVER, NearestQuery, WhenDissimilar
 
 
 def test_the_nearest_query_of_each_head_that_may_serve() -> None:
@@ -42,3 +42,16 @@ def test_as_a_policy_any_far_head_starts_anew(threshold: float, due: list[bool])
     query = reference.clone()
     query[1, 2] = 3.0
     assert NearestQuery(threshold).due(7, query, reference).tolist() == due
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_cosine_of_all_heads(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, 8).to(dtype)
+    reference = torch.stack((query[0], query[1] + torch.randn(4, 8).to(dtype) / 2, torch.zeros(4, 8, dtype=dtype)))
+    cosines = torch.nn.functional.cosine_similarity(query.double().flatten(1), reference.double().flatten(1), dim=-1)
+    assert cosines[1] < 0.999
+    for threshold in (-1.0, 0.5, float(cosines[1]) - 1e-3, float(cosines[1]) + 1e-3, 1.1):
+        found = WhenDissimilar(threshold, flat=True).due(1, query, reference)
+        assert found.tolist() == (cosines.clamp(-1, 1) < threshold).tolist()
+    assert WhenDissimilar(1.1, interval=2, flat=True).due(1, query, reference).tolist() == [False] * 3

@@ -230,6 +230,15 @@ class RotaryTable:
         turned = torch.stack((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -2).flatten(-3)
         return (torch.cat((turned, work[..., width:]), -1) if width < x.shape[-1] else turned).to(x.dtype)
 
+    def turn_to_each(self, x: Tensor) -> Tensor:
+        """x [B, H, 1, D] rotated to every position of the table: [B, H, K, D] in x's dtype."""
+        B, H, _, D = x.shape
+        out = x.new_empty(B, H, self.cos.shape[0], D)
+        if cpp_scoring.why_not_take(x, out) is not None:
+            return self.turn(x.expand(-1, -1, self.cos.shape[0], -1))
+        cpp_scoring.take(x, torch.zeros(B, self.cos.shape[0], dtype=torch.int64), self.cos, self.sin, self.span, out)
+        return out
+
 
 def take_rows(x: Tensor, index: Tensor, table: RotaryTable | None = None, out: Tensor | None = None) -> Tensor:
     """Rows of x [B, H, N, D] by index int64 [B, K], the same for all heads: [B, H, K, D], row j turned as table says.

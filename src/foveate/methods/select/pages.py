@@ -94,12 +94,14 @@ class Pages:
         full = n // self.size if beyond is None else 0
         if full:
             target[:, :, :full] = self._summarise(keys[:, :, : full * self.size].unflatten(2, (full, self.size)))
-        if full < count:
-            chunks, real = in_chunks(keys[:, :, full * self.size :], self.size)
-            if beyond is not None:
-                missing = chunks.shape[2] * self.size - n
-                real = ~F.pad(beyond, (0, missing), value=True).unflatten(-1, chunks.shape[2:4])
-            target[:, :, full:] = self._summarise(chunks, real)
+        if full < count and beyond is None:
+            # A page of fewer keys, all of them real.
+            target[:, :, full:] = self._summarise(keys[:, :, None, full * self.size :])
+        elif beyond is not None:
+            chunks, _ = in_chunks(keys, self.size)
+            missing = chunks.shape[2] * self.size - n
+            real = ~F.pad(beyond, (0, missing), value=True).unflatten(-1, chunks.shape[2:4])
+            target[:] = self._summarise(chunks, real)
 
     def _summarise(self, chunks: Tensor, real: Tensor | None = None) -> Tensor:
         return total(chunks, real, dtype=torch.float32) if self.kind == "mean" else bounds(chunks, real)

@@ -17,7 +17,8 @@ POSITIONS = 1024
 @dataclass
 class Rotations:
     """ranks: to positions 0, 1, ...  targets: to none, and to those ranks that a token's vectors are wanted at.
-    here: to the POSITIONS from `first` on.  last: what `of_token` made last, and the position it was made for."""
+    here: from each of the POSITIONS from `first` on to the targets, cos and sin [POSITIONS, targets, P].
+    last: what `of_token` gave last, and the position it was for."""
 
     ranks: RotaryTable
     targets: RotaryTable
@@ -39,7 +40,11 @@ class Rotations:
         if self.last is None or self.last[0] != at:
             if self.here is None or not 0 <= at - self.first < POSITIONS:
                 self.first = at
-                self.here = RotaryTable.of(rope.rotate, torch.arange(at, at + POSITIONS, device=like.device), like)
-            assert self.here is not None
-            self.last = at, self.targets.undoing(self.here.rows(at - self.first, at - self.first + 1))
+                order = torch.arange(at, at + POSITIONS, device=like.device)
+                here = RotaryTable.of(rope.rotate, order, like)
+                assert here is not None
+                here = RotaryTable(here.cos[:, None], here.sin[:, None], here.size, here.span)
+                self.here = self.targets.undoing(here)
+            i, here = at - self.first, self.here
+            self.last = at, RotaryTable(here.cos[i], here.sin[i], here.size, here.span)
         return self.last[1]

@@ -168,8 +168,8 @@ class TokenSelect(Method):
     def _attend_token(self, step: Step, rope: RopeLike, rotations: Rotations) -> Tensor:
         """A decode step where slot j holds token j: one turn gives all rotations that it asks for."""
         N, Hq = step.cache.stored, step.q.shape[1]
-        both = torch.cat((step.q, step.k[:, :, -1:]), 1).expand(-1, -1, 3, -1)
-        turned = rotations.of_token(rope, N - 1, step.q).turn(both)
+        both = torch.cat((step.q, step.k[:, :, -1:]), 1)
+        turned = rotations.of_token(rope, N - 1, step.q).turn_to_each(both)
         unrotated = step.cache.extra(UNROTATED)
         unrotated[:, :, -1:] = turned[:, Hq:, :1]
         if self.most >= N:
@@ -270,7 +270,8 @@ class TokenSelect(Method):
             state, index, lent = None, self.votes_for(query, part.unrotated), True
         else:
             state = self._choice(step, part, query)
-            index, lent = state.index[rows], not bool((state.copied[rows] | (state.served[rows] >= LEND)).all())
+            settled = state.copied.numpy()[rows] | (state.served.numpy()[rows] >= LEND)
+            index, lent = state.index[rows], not settled.all()
         if lent and ranks is not None and step.softcap is None and reads_in_place(reading, part.unrotated, part.v):
             return Rows(reading, part.unrotated, part.v, index, ranks.rows(0, index.shape[1]))
         if state is None:
@@ -287,14 +288,19 @@ class TokenSelect(Method):
             step.state = Selection(asked, index, torch.full((B,), -1), torch.zeros(B, dtype=torch.bool))
         state: Selection = step.state
         assert self.reuse is not None
-        state.served[rows] += 1
-        due = (state.served[rows] == 0) | WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows])
-        if bool(due.any()):
-            index, every, fresh = self.votes_for(query, part.unrotated), bool(due.all()), due.to(query.device)
+        # Numpy's views of the host's numbers: an operator of torch costs a decode step more.
+        served, copied = state.served.numpy()[rows], state.copied.numpy()[rows]
+        served += 1
+        due = (served == 0) | WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows]).numpy()
+        if due.any():
+            index, every = self.votes_for(query, part.unrotated), due.all()
             for held, new in ((state.query, query), (state.index, index)):
-                held[rows] = new if every else torch.where(fresh.view(-1, *[1] * (new.dim() - 1)), new, held[rows])
-            state.served[rows] = state.served[rows].masked_fill(due, 0)
-            state.copied[rows] = False
+                if every:
+                    held[rows] = new
+                else:
+                    fresh = torch.from_numpy(due).to(query.device).view(-1, *[1] * (new.dim() - 1))
+                    held[rows] = torch.where(fresh, new, held[rows])
+            served[due], copied[:] = 0, False
         return state
 
     def _copied(self, state: Selection, rope: RopeLike, ranks: RotaryTable | None, part: Part) -> tuple[Tensor, Tensor]:

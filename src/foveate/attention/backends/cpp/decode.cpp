@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int BLOCK = 64;      // keys whose scores are held at once
-constexpr int AHEAD = 8;       // keys fetched ahead of use
+constexpr int TURNING = 256;   // entries whose rotations stay in cache until all heads have used them
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 template <typename T>
@@ -64,12 +64,13 @@ template <int R>
 constexpr int WIDTH = 64;
 
 // WIDTH columns of a block's values at once: the sums stay in registers over all keys of the block.
-template <typename T, int R>
-inline void accumulate_block(const float* p, const T* const* rows, int count, int D, float* acc, int d) {
+template <typename T, int R, typename F>
+inline void accumulate_block(const float* p, const T* const* rows, int count, int D, float* acc, int d, F&& ahead) {
     __m512 a[R][4], x[4];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) a[r][c] = _mm512_loadu_ps(acc + r * D + d + 16 * c);
     for (int j = 0; j < count; ++j) {
+        ahead(j);
         columns(rows[j] + d, x);
         for (int r = 0; r < R; ++r) {
             __m512 w = _mm512_set1_ps(p[r * BLOCK + j]);
@@ -84,13 +85,14 @@ inline void accumulate_block(const float* p, const T* const* rows, int count, in
 template <int R>
 constexpr int WIDTH = R <= 4 ? 2 * WIDE : WIDE;
 
-template <typename T, int R>
-inline void accumulate_block(const float* p, const T* const* rows, int count, int D, float* acc, int d) {
+template <typename T, int R, typename F>
+inline void accumulate_block(const float* p, const T* const* rows, int count, int D, float* acc, int d, F&& ahead) {
     constexpr int C = WIDTH<R> / WIDE;
     Floats a[R][C], x[C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) a[r][c] = load(acc + r * D + d + WIDE * c);
     for (int j = 0; j < count; ++j) {
+        ahead(j);
         for (int c = 0; c < C; ++c) x[c] = load(rows[j] + d + WIDE * c);
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) a[r][c] += p[r * BLOCK + j] * x[c];
@@ -153,14 +155,34 @@ struct Turns {
     int pairs, span;
 };
 
+// Scores of `count` keys, out [R, BLOCK]; ahead(j) is called before key j's turn.
+template <int R, typename Q, typename T, typename F>
+inline void score(const Q* q, const T* const* keys, int count, int D, float* out, F&& ahead) {
+    int j = 0;
+    for (; j + AT_ONCE<R> <= count; j += AT_ONCE<R>) {
+        for (int i = 0; i < AT_ONCE<R>; ++i) ahead(j + i);
+        products<R, AT_ONCE<R>>(q, keys + j, D, out + j, BLOCK);
+    }
+    for (; j < count; ++j) {
+        ahead(j);
+        dots<R>(q, keys[j], D, out + j, BLOCK);
+    }
+}
+
 // One stretch [first, last) of a list (or of all keys) for R rows: acc [R, Dv], top [R], sum [R].
 template <typename T, int R>
 void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int64_t v_row, const int64_t* list,
              int64_t limit, const Turns& turns, int64_t first, int64_t last, int D, int Dv, float* acc, float* top,
              float* sum) {
     float scores[R * BLOCK];
-    const T* values[BLOCK];
-    std::vector<T> turned(list && turns.pairs ? D : 0);
+    const T *keys[BLOCK], *values[BLOCK];
+    int64_t entry[BLOCK];
+    bool turning = list && turns.pairs;
+    // Turned keys are not rounded again.
+    std::vector<float> turned(turning ? BLOCK * D : 0), wide = queries<float>(q, turning ? R * D : 0);
+    std::vector<Query<T>> own = queries<Query<T>>(q, turning ? 0 : R * D);
+    const float* fresh[BLOCK];
+    for (int j = 0; turning && j < BLOCK; ++j) fresh[j] = turned.data() + j * D;
     std::fill(acc, acc + R * Dv, 0.0f);
     std::fill(top, top + R, NOTHING);
     std::fill(sum, sum + R, 0.0f);
@@ -169,22 +191,35 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
         for (; begin < last && count < BLOCK; ++begin) {
             int64_t slot = list ? list[begin] : begin;
             if (list && (slot < 0 || slot >= limit)) continue;  // absent
-            if (list && begin + AHEAD < last && list[begin + AHEAD] >= 0 && list[begin + AHEAD] < limit) {
-                prefetch(k + list[begin + AHEAD] * k_row, D);
-                prefetch(v + list[begin + AHEAD] * v_row, Dv);
-            }
-            const T* key = k + slot * k_row;
-            if (list && turns.pairs) {
-                int width = 2 * turns.pairs;
-                turn(key, turns.cos + begin * turns.pairs, turns.sin + begin * turns.pairs, turns.pairs, turns.span,
-                     turned.data());
-                std::copy(key + width, key + D, turned.data() + width);
-                key = turned.data();
-            }
-            dots<R>(q, key, D, scores + count, BLOCK);
+            entry[count] = begin;
+            keys[count] = k + slot * k_row;
             values[count++] = v + slot * v_row;
         }
         if (!count) continue;
+        // Rows of a list lie anywhere: the next block's keys are fetched while this one's are scored, its values while
+        // this one's are summed.
+        auto coming = [&](int j) {
+            int64_t slot = list && begin + j < last ? list[begin + j] : -1;
+            return slot < limit ? slot : -1;
+        };
+        auto next_key = [&](int j) {
+            if (int64_t slot = coming(j); slot >= 0) prefetch(k + slot * k_row, D);
+        };
+        auto next_value = [&](int j) {
+            if (int64_t slot = coming(j); slot >= 0) prefetch(v + slot * v_row, Dv);
+        };
+        if (turning) {
+            int width = 2 * turns.pairs;
+            for (int j = 0; j < count; ++j) {
+                float* to = turned.data() + j * D;
+                const float *cos = turns.cos + entry[j] * turns.pairs, *sin = turns.sin + entry[j] * turns.pairs;
+                turn_wide(keys[j], cos, sin, turns.pairs, turns.span, to);
+                for (int d = width; d < D; ++d) to[d] = widen(keys[j][d]);
+            }
+            score<R>(wide.data(), fresh, count, D, scores, next_key);
+        } else {
+            score<R>(own.data(), keys, count, D, scores, next_key);
+        }
         for (int r = 0; r < R; ++r) {
             float* s = scores + r * BLOCK;
             float high = std::max(top[r], greatest(s, count, scale));
@@ -195,7 +230,9 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
             top[r] = high;
         }
         int d = 0;
-        for (; d + WIDTH<R> <= Dv; d += WIDTH<R>) accumulate_block<T, R>(scores, values, count, Dv, acc, d);
+        auto nothing = [](int) {};
+        if (WIDTH<R> <= Dv) accumulate_block<T, R>(scores, values, count, Dv, acc, d, next_value), d += WIDTH<R>;
+        for (; d + WIDTH<R> <= Dv; d += WIDTH<R>) accumulate_block<T, R>(scores, values, count, Dv, acc, d, nothing);
         if (d < Dv)
             for (int j = 0; j < count; ++j) accumulate<T, R>(scores + j, values[j], Dv, acc, d, Dv);
     }
@@ -241,32 +278,37 @@ void run(const Segments<T>& given, int threads, float* out, float* lse) {
     // Enough stretches that all threads have work, each long enough to pay for its merge.
     int64_t longest = *std::max_element(length, length + all);
     int wanted = (threads * 2 + heads - 1) / heads;
-    int splits = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, longest / 256)));
+    int64_t splits = given.turns.pairs ? longest / TURNING : std::min<int64_t>(wanted, longest / 256);
+    splits = std::max<int64_t>(1, splits);
     int pieces = (rows + 7) / 8;
     std::vector<float> acc(static_cast<size_t>(all) * splits * rows * Dv), top(all * splits * rows),
         sum(all * splits * rows);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) collapse(2)
-    for (int h = 0; h < all; ++h)
-        for (int s = 0; s < splits; ++s) {
-            int64_t first = length[h] * s / splits, last = length[h] * (s + 1) / splits;
-            for (int piece = 0; piece < pieces; ++piece) {
-                int r = piece * 8, n = std::min(8, rows - r);
-                size_t at = (static_cast<size_t>(h) * splits + s) * rows + r;
-                pick<T>(n)(given.q + (static_cast<size_t>(h) * rows + r) * D, given.scale, given.k[h], given.v[h],
-                           given.k_row, given.v_row, given.list[h], given.limit, given.turns, first, last, D, Dv,
-                           &acc[at * Dv], &top[at], &sum[at]);
+    // One thread reads a stretch of the rotations for all heads, where that leaves work for all threads.
+    int together = given.turns.pairs && splits * given.parts >= 2 * threads ? heads : 1;
+#pragma omp parallel for schedule(dynamic, together) num_threads(threads) collapse(3)
+    for (int part = 0; part < given.parts; ++part)
+        for (int64_t s = 0; s < splits; ++s)
+            for (int head = 0; head < heads; ++head) {
+                int h = part * heads + head;
+                int64_t first = length[h] * s / splits, last = length[h] * (s + 1) / splits;
+                for (int piece = 0; piece < pieces; ++piece) {
+                    int r = piece * 8, n = std::min(8, rows - r);
+                    size_t at = (static_cast<size_t>(h) * splits + s) * rows + r;
+                    pick<T>(n)(given.q + (static_cast<size_t>(h) * rows + r) * D, given.scale, given.k[h], given.v[h],
+                               given.k_row, given.v_row, given.list[h], given.limit, given.turns, first, last, D, Dv,
+                               &acc[at * Dv], &top[at], &sum[at]);
+                }
             }
-        }
     for (int h = 0; h < heads; ++h)
         for (int r = 0; r < rows; ++r) {
             float high = NOTHING, total = 0;
             float* o = out + (static_cast<size_t>(h) * rows + r) * Dv;
             std::fill(o, o + Dv, 0.0f);
-            auto at = [&](int part, int s) { return (static_cast<size_t>(part * heads + h) * splits + s) * rows + r; };
+            auto at = [&](int part, int64_t s) { return (static_cast<size_t>(part * heads + h) * splits + s) * rows + r; };
             for (int part = 0; part < given.parts; ++part)
-                for (int s = 0; s < splits; ++s) high = std::max(high, top[at(part, s)]);
+                for (int64_t s = 0; s < splits; ++s) high = std::max(high, top[at(part, s)]);
             for (int part = 0; part < given.parts && high != NOTHING; ++part)
-                for (int s = 0; s < splits; ++s) {
+                for (int64_t s = 0; s < splits; ++s) {
                     size_t i = at(part, s);
                     if (top[i] == NOTHING) continue;
                     float share = std::exp(top[i] - high);

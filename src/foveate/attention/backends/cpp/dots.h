@@ -4,6 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <utility>
+#include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -100,28 +101,55 @@ __attribute__((always_inline)) inline void repeat(F&& f) {
     repeat(f, std::make_integer_sequence<int, N>{});
 }
 
-// out[r * gap + j] = q[r] . k[j] for R rows and K keys, k_row elements apart; products and sums in float32. 16 divides D.
-template <int R, int K, typename T>
-inline void products(const T* q, const T* k, int64_t k_row, int D, float* out, int64_t gap) {
+// What queries are kept as while they meet many keys of type T: 16 bits only where they are multiplied so.
+#if defined(__AVX512BF16__)
+template <typename T>
+using Query = T;
+#else
+template <typename T>
+using Query = float;
+#endif
+
+template <typename Q, typename T>
+std::vector<Q> queries(const T* q, size_t n) {
+    std::vector<Q> made(n);
+    for (size_t i = 0; i < n; ++i)
+        if constexpr (sizeof(Q) == sizeof(T))
+            made[i] = q[i];
+        else
+            made[i] = widen(q[i]);
+    return made;
+}
+
+// Keys at once for R rows, while their sums, the rows and a key fit in registers.
+template <int R>
+constexpr int AT_ONCE = R <= (WIDE == 16 ? 6 : 3) ? 4 : 1;
+
+// out[r * gap + j] = q[r] . keys[j] for R rows and K keys; products and sums in float32. 16 divides D.
+template <int R, int K, typename Q, typename T>
+inline void products(const Q* q, const T* const* keys, int D, float* out, int64_t gap) {
     Floats made[K * R];
     repeat<K * R>([&](auto i) __attribute__((always_inline)) { made[i] = Floats{}; });
     int d = 0;
 #if defined(__AVX512BF16__)
-    if constexpr (sizeof(T) == 2)
+    if constexpr (sizeof(T) == 2 && sizeof(Q) == 2)
         for (; d + 32 <= D && D % 32 == 0; d += 32)
             repeat<R>([&](auto r) __attribute__((always_inline)) {
                 __m512bh y = (__m512bh)_mm512_loadu_si512(q + r * D + d);
                 repeat<K>([&](auto j) __attribute__((always_inline)) {
-                    __m512bh x = (__m512bh)_mm512_loadu_si512(k + j * k_row + d);
+                    __m512bh x = (__m512bh)_mm512_loadu_si512(keys[j] + d);
                     made[j * R + r] = (Floats)_mm512_dpbf16_ps((__m512)made[j * R + r], y, x);
                 });
             });
 #endif
-    for (; d < D; d += WIDE)
-        repeat<R>([&](auto r) __attribute__((always_inline)) {
-            Floats y = load(q + r * D + d);
-            repeat<K>([&](auto j) __attribute__((always_inline)) { made[j * R + r] += y * load(k + j * k_row + d); });
+    for (; d < D; d += WIDE) {
+        Floats y[R];
+        repeat<R>([&](auto r) __attribute__((always_inline)) { y[r] = load(q + r * D + d); });
+        repeat<K>([&](auto j) __attribute__((always_inline)) {
+            Floats x = load(keys[j] + d);
+            repeat<R>([&](auto r) __attribute__((always_inline)) { made[j * R + r] += y[r] * x; });
         });
+    }
     repeat<R>([&](auto r) __attribute__((always_inline)) {
         if constexpr (K == 4)
             sums(made[r], made[R + r], made[2 * R + r], made[3 * R + r], out + r * gap);
@@ -131,9 +159,9 @@ inline void products(const T* q, const T* k, int64_t k_row, int D, float* out, i
 }
 
 // out[r * gap] = q[r] . k for R rows.
-template <int R, typename T>
-inline void dots(const T* q, const T* k, int D, float* out, int64_t gap) {
-    products<R, 1>(q, k, 0, D, out, gap);
+template <int R, typename Q, typename T>
+inline void dots(const Q* q, const T* k, int D, float* out, int64_t gap) {
+    products<R, 1>(q, &k, D, out, gap);
 }
 
 inline void store(float x, float* y) { *y = x; }
@@ -160,6 +188,26 @@ void turn(const T* __restrict x, const float* __restrict cos, const float* __res
             float a = widen(x[i]), b = widen(x[i + span]);
             store(a * cos[p + i] - b * sin[p + i], y + i);
             store(b * cos[p + i] + a * sin[p + i], y + i + span);
+        }
+}
+
+// The same to float32, `span` features side by side where they fill registers.
+template <typename T>
+void turn_wide(const T* x, const float* cos, const float* sin, int pairs, int span, float* y) {
+    if (span % WIDE || pairs % span) {
+        for (int p = 0; p < pairs; ++p) {
+            int at = p + span * (p / span);
+            float a = widen(x[at]), b = widen(x[at + span]);
+            y[at] = a * cos[p] - b * sin[p];
+            y[at + span] = b * cos[p] + a * sin[p];
+        }
+        return;
+    }
+    for (int p = 0; p < pairs; p += span, x += 2 * span, y += 2 * span)
+        for (int i = 0; i < span; i += WIDE) {
+            Floats a = load(x + i), b = load(x + i + span), c = load(cos + p + i), s = load(sin + p + i);
+            save(a * c - b * s, y + i);
+            save(b * c + a * s, y + i + span);
         }
 }
 
