@@ -151,6 +151,24 @@ class Tokens(Plan):
 
 
 @dataclass(frozen=True)
+class Counted:
+    """factor * count + offset, worked out when it is asked for: an operator less for each step of a prompt.
+
+    count: a tensor of one number, which stays on its device until then.
+    """
+
+    count: Tensor
+    factor: float
+    offset: float
+
+    def __float__(self) -> float:
+        return float(self.count) * self.factor + self.offset
+
+    def __mul__(self, by: float) -> Counted:
+        return Counted(self.count, self.factor * by, self.offset * by)
+
+
+@dataclass(frozen=True)
 class Blocks(Plan):
     """Key blocks per query block, in compressed rows.
 
@@ -238,8 +256,8 @@ class Blocks(Plan):
             return super().density(m, n, positions)
         return float(self.share(m, n))
 
-    def share(self, m: int, n: int) -> Tensor:
-        """The density as a tensor of one number on the plan's device, for callers that must not wait for it.
+    def share(self, m: int, n: int) -> Tensor | Counted:
+        """The density as a number that stays on the plan's device until `float` asks, for callers that must not wait.
 
         (A plan with room to spare waits, unless its rows end with their own blocks.)
         """
@@ -256,17 +274,17 @@ class Blocks(Plan):
         read = (_ramp(last, width) - _ramp(before, width)).sum()
         return read.double() / (self.batch * self.heads * (m * (n - m) + m * (m + 1) / 2))
 
-    def _own_last_share(self, n: int) -> Tensor:
+    def _own_last_share(self, n: int) -> Tensor | Counted:
         """All but the last entry of a row are whole blocks: block_n keys for each of the row's queries."""
         b, rows, heads = self.block_n, self.rows, self.batch * self.heads
         short = n - (rows - 1) * b
         own = heads * ((rows - 1) * (b * (b + 1) // 2) + short * (short + 1) // 2)
         visible = heads * (n * (n + 1) // 2)
-        share = self.row_ptr[-1].double() * (b * b / visible) + (own - heads * rows * b * b) / visible
-        if short < b:
-            last = (self.row_ptr[rows::rows] - self.row_ptr[rows - 1 : -1 : rows]).sum() - heads
-            share = share - last.double() * (b * (b - short) / visible)
-        return share
+        factor, offset = b * b / visible, (own - heads * rows * b * b) / visible
+        if short == b:
+            return Counted(self.row_ptr[-1], factor, offset)
+        last = (self.row_ptr[rows::rows] - self.row_ptr[rows - 1 : -1 : rows]).sum() - heads
+        return self.row_ptr[-1].double() * factor + offset - last.double() * (b * (b - short) / visible)
 
     def lower(self, m: int, n: int, block: int = 64) -> SparsePlan:
         return SparsePlan.from_csr(

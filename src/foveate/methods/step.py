@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from foveate.attention.plan import Blocks, Dense, Plan, Tokens
+from foveate.attention.plan import Blocks, Counted, Dense, Plan, Tokens
 from foveate.attention.positions import Positions
 from foveate.attention.ragged import attend_ragged
 from foveate.attention.softmax import attend
@@ -37,7 +37,7 @@ class Reading:
 
     layer: int
     phase: Phase
-    read: float | Tensor
+    read: float | Tensor | Counted
     visible: float
     scanned: float | None = None
     indexed: float | None = None
@@ -209,7 +209,7 @@ class Step:
         if self.cache.ragged:
             stored = float(self.cache.lengths().double().mean())
         dense = M * (stored - M) + M * (M + 1) / 2
-        read: float | Tensor
+        read: float | Tensor | Counted
         if isinstance(plan, Dense):
             read = dense
         elif isinstance(plan, Tokens) and M == 1:
