@@ -42,8 +42,9 @@ class Counting(TorchDispatchMode):
 
 
 def operators(layers: int, method: str | None) -> Counter[str]:
-    shape: dict[str, Any] = {"hidden_size": 288, "intermediate_size": 128, "num_attention_heads": 9, "num_key_value_heads": 3}
-    model = LlamaForCausalLM(LlamaConfig(**shape, head_dim=32, vocab_size=64, num_hidden_layers=layers))
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32}
+    sizes: dict[str, Any] = {"hidden_size": 288, "intermediate_size": 128, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**heads, **sizes, num_hidden_layers=layers))
     model = model.eval().to(torch.float16)
     ids = torch.zeros(1, TOKENS, dtype=torch.int64)
     with torch.inference_mode():
