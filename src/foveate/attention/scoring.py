@@ -299,25 +299,20 @@ def attend_rows(*parts: Rows, scale: float, softcap: float | None = None) -> tup
 
     Returns o [B, Hq, M, Dv] in q's dtype, lse [B, Hq, M] float32 (float64 for float64). O(K Hq M D).
     """
-    tables = [part.table for part in parts if part.table is not None]
+    # The C++ kernel turns every list by one table, and has one distance between rows.
+    tables = {id(part.table): part.table for part in parts if part.index is not None}
     strides = {(part.k.stride(2), part.v.stride(2)) for part in parts}
-    if softcap is None and len(tables) <= 1 and len(strides) == 1 and all(part.in_place for part in parts):
-        turns = (tables[0].cos.contiguous(), tables[0].sin.contiguous(), tables[0].span) if tables else None
-        # A list without a table must not be turned by another's.
-        if turns is None or all((part.table is None) == (part.index is None) for part in parts):
-            return cpp_scoring.attend_rows([(part.q, part.k, part.v, part.index) for part in parts], turns, scale)
-    found = [_attend_rows(part, scale, softcap) for part in parts]
-    return found[0] if len(found) == 1 else merge([o for o, _ in found], [lse for _, lse in found])
-
-
-def _attend_rows(part: Rows, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    q, k, v, index = part.q, part.k, part.v, part.index
-    if softcap is None and part.in_place:
-        table = part.table
+    if softcap is None and max(len(tables), len(strides)) == 1 and all(part.in_place for part in parts):
+        table = next(iter(tables.values()), None)
         turns = None if table is None else (table.cos.contiguous(), table.sin.contiguous(), table.span)
-        return cpp_scoring.attend_rows([(q, k, v, index)], turns, scale)
-    if index is not None:
-        k, v = take_rows(k, index, part.table), take_rows(v, index)
+        return cpp_scoring.attend_rows([(part.q, part.k, part.v, part.index) for part in parts], turns, scale)
+    if len(parts) > 1:
+        found = [attend_rows(part, scale=scale, softcap=softcap) for part in parts]
+        return merge([o for o, _ in found], [lse for _, lse in found])
+    (part,) = parts
+    q, k, v = part.q, part.k, part.v
+    if part.index is not None:
+        k, v = take_rows(k, part.index, part.table), take_rows(v, part.index)
     # By default more queries than keys would stand nowhere.
     positions = Positions(torch.zeros(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device))
     o, lse = attend(q, k, v, scale=scale, positions=positions, causal=False, softcap=softcap, return_lse=True)

@@ -95,14 +95,14 @@ def generate(
     """Generate text with a method, streaming it to stdout."""
     from transformers import TextStreamer
 
-    from foveate.compare.matrix import make_method
     from foveate.hf import apply
     from foveate.hf.models import load_model
+    from foveate.methods import create
 
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     if not text or not text.strip():
         raise DataError("the prompt is empty; give it as an argument or on stdin")
-    chosen = make_method(method)
+    chosen = create(method)
     loaded, tokenizer = load_model(model, dtype=dtype)
     if chat:
         if tokenizer.chat_template is None:

@@ -59,11 +59,11 @@ def _bench_decode(
 ) -> None:
     from foveate.compare.bench import bench as run_bench
     from foveate.compare.files import check_file
-    from foveate.compare.matrix import make_method
     from foveate.hf.models import load_model
+    from foveate.methods import create
 
     for spec in methods:
-        make_method(spec)
+        create(spec)
     if out is not None:
         check_file(out)
     loaded, _ = load_model(model, dtype=dtype)

@@ -9,8 +9,7 @@ from typing import Any
 from foveate import registry
 from foveate.compare.subject import DENSE
 from foveate.errors import DataError, OptionError
-from foveate.methods import Method
-from foveate.methods import create as make_method
+from foveate.methods import Method, create
 from foveate.options import parse_spec
 from foveate.tasks.base import Example, Task
 
@@ -41,7 +40,7 @@ class Matrix:
         made: dict[str, Method | None] = {DENSE: None}
         for spec in _texts("methods", methods):
             if spec != DENSE:
-                made[spec] = make_method(spec)
+                made[spec] = create(spec)
         chosen: dict[str, Task] = {}
         for spec in _texts("tasks", tasks):
             registry.card(parse_spec(spec)[0], kind="task")

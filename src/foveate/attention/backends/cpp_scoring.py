@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,7 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
     N, q = k.shape[2], q.contiguous()
     out = torch.empty(B, H * G, N, dtype=torch.float32)
     library().foveate_scores(
-        KINDS[k.dtype],
-        ctypes.c_void_p(q.data_ptr()),
-        ctypes.c_void_p(k.data_ptr()),
-        _starts(k),
-        ctypes.c_int64(k.stride(2)),
-        ctypes.c_int64(N),
+        *_against(q, k),
         B * H,
         G,
         D,
@@ -42,6 +38,12 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
         ctypes.c_void_p(out.data_ptr()),
     )
     return out
+
+
+def _against(q: Tensor, k: Tensor) -> tuple[Any, ...]:
+    """The first arguments of what meets q with all keys of k [B, H, N, D]; the caller holds both."""
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (q, k))
+    return KINDS[k.dtype], *pointers, _starts(k), ctypes.c_int64(k.stride(2)), ctypes.c_int64(k.shape[2])
 
 
 def _starts(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
@@ -56,12 +58,7 @@ def votes(q: Tensor, k: Tensor, scale: float, groups: int, greatest: bool) -> Te
     N, q = k.shape[2], q.contiguous()
     weights, out = torch.empty(B, H * G, N, dtype=torch.float32), torch.empty(B, groups, N, dtype=torch.float32)
     library().foveate_votes(
-        KINDS[k.dtype],
-        ctypes.c_void_p(q.data_ptr()),
-        ctypes.c_void_p(k.data_ptr()),
-        _starts(k),
-        ctypes.c_int64(k.stride(2)),
-        ctypes.c_int64(N),
+        *_against(q, k),
         B,
         H,
         G,
@@ -84,12 +81,7 @@ def choose(q: Tensor, k: Tensor, scale: float, first: int, count: int) -> Tensor
     work = torch.empty(B * (H * G + 1) * N, dtype=torch.float32)
     out = torch.empty(B, first + count, dtype=torch.int64)
     library().foveate_choose(
-        KINDS[k.dtype],
-        ctypes.c_void_p(q.data_ptr()),
-        ctypes.c_void_p(k.data_ptr()),
-        _starts(k),
-        ctypes.c_int64(k.stride(2)),
-        ctypes.c_int64(N),
+        *_against(q, k),
         B,
         H,
         G,

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from foveate.attention.backends.triton import configs, runtime
 from foveate.attention.backends.triton.kv_compact import kv_compact
-from foveate.attention.backends.triton.stripes import Stripes, stripes
+from foveate.attention.backends.triton.stripes import Stripes, read_bits, stripes
 from foveate.attention.sparse_plan import SparsePlan
 from foveate.errors import PlanError, ShapeError
 
@@ -92,12 +92,6 @@ def first_of_tile(LIST, j, count, PLAN: tl.constexpr, BLOCK: tl.constexpr):
     SPLIT: tl.constexpr = PLAN // BLOCK
     block = tl.load(LIST + j // SPLIT, mask=j < count, other=0)
     return block * PLAN + (j % SPLIT) * BLOCK
-
-
-@triton.jit
-def _bits(BITS, at, cut):
-    """Whether the columns `at` of a stripe are to be read, as 0 or 1."""
-    return (tl.load(BITS + at // 32, mask=at < cut, other=0) >> (at % 32)) & 1
 
 
 @triton.jit
@@ -206,7 +200,7 @@ def _row_tile(
         cut = tl.load(CUT + row)
         whole = tl.load(FREE + row) // BLOCK_N * BLOCK_N
         at = tl.arange(0, BLOCK_N)
-        bits = _bits(BITS, at, whole)
+        bits = read_bits(BITS, at, whole)
         for _ in range(0, whole, BLOCK_N):
             k_row = KS + at[:, None] * D + d[None, :]
             v_row = VS + at[:, None] * DV + dv[None, :]
@@ -217,11 +211,11 @@ def _row_tile(
                 scores, v, bits != 0, top, mass, acc, scale, bias, False, SOFTCAP, SIGMOID, PRECISION, UPCAST
             )
             at += BLOCK_N
-            bits = _bits(BITS, at, whole)
+            bits = read_bits(BITS, at, whole)
 
         at = whole + tl.arange(0, BLOCK_E)
         slot = tl.load(COLUMN + at, mask=at < cut, other=0)
-        bits = _bits(BITS, at, cut)
+        bits = read_bits(BITS, at, cut)
         for _ in range(whole, cut, BLOCK_E):
             there = bits != 0
             k_row = KS + at[:, None] * D + d[None, :]
@@ -238,7 +232,7 @@ def _row_tile(
             )
             at += BLOCK_E
             slot = tl.load(COLUMN + at, mask=at < cut, other=0)
-            bits = _bits(BITS, at, cut)
+            bits = read_bits(BITS, at, cut)
 
     if not SIGMOID:
         some = mass > 0
