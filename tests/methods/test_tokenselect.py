@@ -80,6 +80,15 @@ def vote(qbar: Tensor, middle: Tensor, method: TokenSelect) -> list[int]:
     return pooled.argsort(descending=True, stable=True)[: method.budget].sort().values.tolist()
 
 
+def as_coded(k: Tensor, most: int) -> Tensor:
+    """Unrotated keys [2, T, 16] as 8 bits hold them: each channel less its mean, over its spread, of the first."""
+    sample = k[:, :most].double()
+    mean, spread = sample.mean(1, keepdim=True), sample.std(1, correction=0, keepdim=True)
+    x = (k - mean) / spread
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (mean + spread * step * (x / step).round()).float()
+
+
 def brute(
     qkv: tuple[Tensor, ...],
     spans: list[int],
@@ -90,6 +99,7 @@ def brute(
 ) -> Tensor:
     """One sequence, chunk by chunk."""
     q, k, v = (each[0] for each in qkv)
+    voted = as_coded(k, method.most) if method.bits else k
     outputs, start, last, kept = [], 0, None, None
     chunks = [min(method.chunk, span - begin) for span in spans for begin in range(0, span, method.chunk)]
     for count in chunks:
@@ -101,7 +111,7 @@ def brute(
             qbar = rope.rotate(q[None, :, start:N], at)[0].mean(1)
             fresh = method.reuse is None or last is None or similarity(qbar[None], last[None], flat=True) < method.reuse
             if fresh:
-                kept, last = vote(qbar, k[:, method.sinks : N - method.local], method), qbar
+                kept, last = vote(qbar, voted[:, method.sinks : N - method.local], method), qbar
             read = [*range(method.sinks), *(j + method.sinks for j in kept), *range(N - method.local, N)]
         ranks = torch.arange(len(read))[None]
         keys = rope.rotate(k[None, :, read], ranks)[0].repeat_interleave(2, 0)
@@ -131,6 +141,8 @@ SPANS = {"prompt and tokens": [47] + [1] * 8, "tokens": [1] * 45, "pieces": [18,
         {"reuse": None, "kernel": 3, "scale": 0.25},
         {"reuse": None, "head_map": "modulo"},
         {"reuse": None, "sinks": 0, "local": 7, "chunk": 4},
+        {"reuse": None, "bits": None},
+        {"reuse": 0.3, "bits": None},
     ],
 )
 def test_equals_the_definition(options: dict[str, object], spans: list[int]) -> None:

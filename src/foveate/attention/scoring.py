@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.attention.backends import cpp_scoring
+from foveate.attention.backends import cpp_scoring, cpp_votes
 from foveate.attention.backends.torch_dense import gather_rows
 from foveate.attention.backends.triton import availability
+from foveate.attention.byte_keys import ByteKeys
 from foveate.attention.merge import merge
 from foveate.attention.positions import Positions
 from foveate.attention.shapes import match
@@ -63,28 +64,36 @@ def softmax_votes(q: Tensor, k: Tensor, scale: float, *, groups: int = 1, reduce
     return weights.sum(2) if reduce == "sum" else weights.amax(2)
 
 
-def voted_slots(q: Tensor, k: Tensor, scale: float, *, first: int, last: int, count: int, kernel: int = 1) -> Tensor:
+def voted_slots(
+    q: Tensor, k: Tensor | ByteKeys, scale: float, *, first: int, last: int, count: int, kernel: int = 1
+) -> Tensor:
     """The first slots, and the `count` between them and the last ones that all query heads vote for most
     (`softmax_votes` over those between): int64 [B, first + count], ascending; ties go to the lower slot.
 
-    q: [B, Hq, D], k: [B, Hkv, N, D]; count: at most N - first - last. kernel: odd width over which votes are
+    q: [B, Hq, D], k: [B, Hkv, N, D], in their own type or coded; count: at most N - first - last. kernel: odd width over which votes are
     max-pooled. Votes that are not numbers choose the lowest slots. Raises ShapeError, OptionError. O(N Hq D).
     """
-    N = match(q=(q, "B Hq D"), k=(k, "B Hkv N D"))["N"]
+    N = match(q=(q, "B Hq D"), k=(k.codes if isinstance(k, ByteKeys) else k, "B Hkv N D"))["N"]
     if not scale > 0 or min(first, last, count) < 0 or count > N - first - last:
         raise OptionError(
             f"voted_slots: scale={scale}, first={first}, last={last}, count={count}, allowed: scale > 0, numbers >= 0 "
             f"of {N} keys together"
         )
-    middle = k[:, :, first : N - last]
-    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-    if kernel == 1 and cpp_scoring.why_not(rows, middle) is None:
-        return cpp_scoring.choose(rows, middle, scale, first, count)
-    votes = softmax_votes(q, middle, scale)
+    if isinstance(k, ByteKeys):
+        middle = k.between(first, N - last)
+        if kernel == 1 and cpp_votes.why_not(q, middle.codes) is None:
+            return cpp_votes.choose(middle.scaled(q), middle.codes, middle.step, scale, first, count)
+        votes = middle.scores(q).mul_(scale).softmax(-1).sum(1, keepdim=True)
+    else:
+        middle = k[:, :, first : N - last]
+        rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+        if kernel == 1 and cpp_scoring.why_not(rows, middle) is None:
+            return cpp_scoring.choose(rows, middle, scale, first, count)
+        votes = softmax_votes(q, middle, scale)
     if kernel > 1:
         votes = torch.nn.functional.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
     chosen = top_slots(votes.nan_to_num(), count)[:, 0] + first
-    return torch.cat((torch.arange(first, device=k.device).expand(k.shape[0], -1), chosen), 1)
+    return torch.cat((torch.arange(first, device=q.device).expand(q.shape[0], -1), chosen), 1)
 
 
 def top_mask(scores: Tensor, count: int | Tensor) -> Tensor:
@@ -221,6 +230,11 @@ class RotaryTable:
         """The positions start..stop - 1 of the table."""
         return RotaryTable(self.cos[start:stop], self.sin[start:stop], self.size, self.span)
 
+    def moving(self, index: Tensor) -> RotaryTable:
+        """A table [B, 1, K, P] by which entry j of lists index [B, K], of slot s, is turned as position s - j says."""
+        moves = index - torch.arange(index.shape[1], device=index.device)
+        return RotaryTable(self.cos[moves][:, None], self.sin[moves][:, None], self.size, self.span)
+
     def turn(self, x: Tensor) -> Tensor:
         """Rotate row j of x [..., K, D] to position j; computes in the table's dtype, returns x's."""
         width, pairs = 2 * self.cos.shape[-1], (-1, self.span)
@@ -240,23 +254,36 @@ class RotaryTable:
         return out
 
 
-def take_rows(x: Tensor, index: Tensor, table: RotaryTable | None = None, out: Tensor | None = None) -> Tensor:
+def _check_table(what: str, table: RotaryTable | None, index: Tensor, tokens: int, compact: bool) -> None:
+    """That a table has a position for every entry of a list, or for every move of a compact one."""
+    held, wanted = (0 if table is None else table.cos.shape[0]), tokens if compact else index.shape[-1]
+    if table is not None and (held < wanted if compact else held != wanted):
+        allowed = f"{wanted} or more, one per slot" if compact else f"{wanted}, one per row"
+        raise ShapeError(f"{what}: a table of {held} positions, allowed: {allowed}")
+
+
+def take_rows(
+    x: Tensor, index: Tensor, table: RotaryTable | None = None, out: Tensor | None = None, *, compact: bool = False
+) -> Tensor:
     """Rows of x [B, H, N, D] by index int64 [B, K], the same for all heads: [B, H, K, D], row j turned as table says.
 
-    index: slots 0..N-1, all present. table: K positions; None: rows as they are. out: where to write. O(K H D).
+    index: slots 0..N-1, all present. table: K positions; None: rows as they are. out: where to write. compact: row j,
+    of slot s, is turned as position s - j of the table says, by how far it moves to stand side by side with the others;
+    index ascends. O(K H D).
     """
     sizes = match(x=(x, "B H N D"), index=(index, "B K"))
     shape = (sizes["B"], sizes["H"], sizes["K"], sizes["D"])
-    if table is not None and table.cos.shape[0] != sizes["K"]:
-        raise ShapeError(f"take_rows: a table of {table.cos.shape[0]} positions, allowed: {sizes['K']}, one per row")
+    _check_table("take_rows", table, index, sizes["N"], compact)
     if out is None:
         out = x.new_empty(shape)
     elif out.shape != shape or out.dtype != x.dtype:
         raise ShapeError(f"take_rows: out {list(out.shape)} {out.dtype}, allowed: {list(shape)} {x.dtype}")
     if cpp_scoring.why_not_take(x, out) is None:
         cos, sin, span = (None, None, 1) if table is None else (table.cos, table.sin, table.span)
-        cpp_scoring.take(x, index, cos, sin, span, out)
+        cpp_scoring.take(x, index, cos, sin, span, out, compact)
         return out
+    if table is not None and compact:
+        table = table.moving(index)
     rows = gather_rows(x, index[:, None].expand(-1, sizes["H"], -1))
     return out.copy_(rows if table is None else table.turn(rows))
 
@@ -272,7 +299,7 @@ class Rows:
     """Keys that every one of M queries reads: q [B, Hq, M, D] over the rows index int64 [B, K], all present, of
     k [B, Hkv, N, D] and v [B, Hkv, N, Dv], the same for all heads, key j of them turned as table (K positions) says.
 
-    index None: all rows, without a table. table None: keys as they are. Raises ShapeError.
+    index None: all rows, without a table. table None: keys as they are. compact: as in `take_rows`. Raises ShapeError.
     """
 
     q: Tensor
@@ -280,14 +307,15 @@ class Rows:
     v: Tensor
     index: Tensor | None = None
     table: RotaryTable | None = None
+    compact: bool = False
 
     def __post_init__(self) -> None:
         sizes = match(q=(self.q, "B Hq M D"), k=(self.k, "B Hkv N D"), v=(self.v, "B Hkv N Dv"))
         if self.index is not None:
-            sizes = match(k=(self.k, "B Hkv N D"), index=(self.index, "B K"))
-        if self.table is not None and (self.index is None or self.table.cos.shape[0] != sizes["K"]):
-            allowed = "one with an index" if self.index is None else f"{sizes['K']}, one per row"
-            raise ShapeError(f"attend_rows: a table of {self.table.cos.shape[0]} positions, allowed: {allowed}")
+            match(k=(self.k, "B Hkv N D"), index=(self.index, "B K"))
+            _check_table("attend_rows", self.table, self.index, sizes["N"], self.compact)
+        elif self.table is not None:
+            raise ShapeError(f"attend_rows: a table of {self.table.cos.shape[0]} positions, allowed: one with an index")
 
     @property
     def in_place(self) -> bool:
@@ -300,11 +328,14 @@ def attend_rows(*parts: Rows, scale: float, softcap: float | None = None) -> tup
     Returns o [B, Hq, M, Dv] in q's dtype, lse [B, Hq, M] float32 (float64 for float64). O(K Hq M D).
     """
     # The C++ kernel turns every list by one table, and has one distance between rows.
-    tables = {id(part.table): part.table for part in parts if part.index is not None}
+    tables = {(id(part.table), part.compact): part for part in parts if part.index is not None}
     strides = {(part.k.stride(2), part.v.stride(2)) for part in parts}
     if softcap is None and max(len(tables), len(strides)) == 1 and all(part.in_place for part in parts):
-        table = next(iter(tables.values()), None)
-        turns = None if table is None else (table.cos.contiguous(), table.sin.contiguous(), table.span)
+        listed = next(iter(tables.values()), None)
+        table = None if listed is None else listed.table
+        turns = None
+        if listed is not None and table is not None:
+            turns = (table.cos.contiguous(), table.sin.contiguous(), table.span, listed.compact)
         return cpp_scoring.attend_rows([(part.q, part.k, part.v, part.index) for part in parts], turns, scale)
     if len(parts) > 1:
         found = [attend_rows(part, scale=scale, softcap=softcap) for part in parts]
@@ -312,7 +343,7 @@ def attend_rows(*parts: Rows, scale: float, softcap: float | None = None) -> tup
     (part,) = parts
     q, k, v = part.q, part.k, part.v
     if part.index is not None:
-        k, v = take_rows(k, part.index, part.table), take_rows(v, part.index)
+        k, v = take_rows(k, part.index, part.table, compact=part.compact), take_rows(v, part.index)
     # By default more queries than keys would stand nowhere.
     positions = Positions(torch.zeros(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device))
     o, lse = attend(q, k, v, scale=scale, positions=positions, causal=False, softcap=softcap, return_lse=True)

@@ -97,14 +97,14 @@ def decode(
     *,
     limit: int = 0,
     parts: int = 1,
-    turns: tuple[Tensor, Tensor, int] | None = None,
+    turns: tuple[Tensor, Tensor, int, bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [parts * S, R, D]; keys and values of its dtype by addresses: segment s from k_at[s], its rows k_row elements
     apart. Segments s, S + s, ... are attended to as if they were one.
 
     list_at: addresses of lengths[s] int64 slots within a segment (absent: < 0 or >= limit), 0: the first lengths[s]
-    slots. turns: cos, sin [K, P] float32, contiguous, and the distance of a pair's features, as in `cpp_scoring.take`:
-    the keys of lists are turned before use. Returns float32 [S, R, Dv] and lse [S, R]. The caller holds what addresses
+    slots. turns: cos, sin [K, P] float32, contiguous, the distance of a pair's features, and whether the list is
+    compact, as in `cpp_scoring.take`: the keys of lists are turned before use. Returns float32 [S, R, Dv] and lse [S, R]. The caller holds what addresses
     are of.
     """
     S, R, D = q.shape[0] // parts, q.shape[1], q.shape[2]
@@ -126,6 +126,7 @@ def decode(
         ctypes.c_void_p(None if turns is None else turns[1].data_ptr()),
         0 if turns is None else turns[0].shape[-1],
         1 if turns is None else turns[2],
+        int(turns is not None and turns[3]),
         S,
         parts,
         R,

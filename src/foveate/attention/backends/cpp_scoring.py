@@ -43,10 +43,10 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
 def _against(q: Tensor, k: Tensor) -> tuple[Any, ...]:
     """The first arguments of what meets q with all keys of k [B, H, N, D]; the caller holds both."""
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (q, k))
-    return KINDS[k.dtype], *pointers, _starts(k), ctypes.c_int64(k.stride(2)), ctypes.c_int64(k.shape[2])
+    return KINDS[k.dtype], *pointers, starts(k), ctypes.c_int64(k.stride(2)), ctypes.c_int64(k.shape[2])
 
 
-def _starts(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
+def starts(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
     """Where the rows of each head of x [B, H, N, D] begin, in elements."""
     B, H = x.shape[:2]
     return (ctypes.c_int64 * (B * H))(*(b * x.stride(0) + h * x.stride(1) for b in range(B) for h in range(H)))
@@ -77,8 +77,7 @@ def choose(q: Tensor, k: Tensor, scale: float, first: int, count: int) -> Tensor
     """Slots 0..first - 1, and first + those of the `count` keys of k [B, Hkv, N, D] that the heads of q [B, Hkv, G, D]
     vote for, ascending: int64 [B, first + count]."""
     B, H, G, D = q.shape
-    N, q = k.shape[2], q.contiguous()
-    work = torch.empty(B * (H * G + 1) * N, dtype=torch.float32)
+    q = q.contiguous()
     out = torch.empty(B, first + count, dtype=torch.int64)
     library().foveate_choose(
         *_against(q, k),
@@ -88,8 +87,6 @@ def choose(q: Tensor, k: Tensor, scale: float, first: int, count: int) -> Tensor
         D,
         ctypes.c_float(scale),
         torch.get_num_threads(),
-        ctypes.c_void_p(work.data_ptr()),
-        ctypes.c_void_p(work.data_ptr() + 4 * B * H * G * N),
         ctypes.c_int64(first),
         ctypes.c_int64(count),
         ctypes.c_void_p(out.data_ptr()),
@@ -138,10 +135,13 @@ def why_not_take(x: Tensor, out: Tensor) -> str | None:
     return why_unavailable()
 
 
-def take(x: Tensor, index: Tensor, cos: Tensor | None, sin: Tensor | None, span: int, out: Tensor) -> None:
+def take(
+    x: Tensor, index: Tensor, cos: Tensor | None, sin: Tensor | None, span: int, out: Tensor, compact: bool = False
+) -> None:
     """Rows of x [B, H, N, D] by index int64 [B, K] or [B, H, K] to out [B, H, K, D], their first features turned.
 
     cos, sin: [K, P] float32, pair p being feature p + span * (p // span) and the one `span` further; None: unturned.
+    compact: entry j, slot s, is turned by row s - j of them, of which there are enough.
     """
     B, H, N, D = x.shape
     index = index.contiguous()
@@ -149,7 +149,7 @@ def take(x: Tensor, index: Tensor, cos: Tensor | None, sin: Tensor | None, span:
     library().foveate_take(
         KINDS[x.dtype],
         ctypes.c_void_p(x.data_ptr()),
-        _starts(x),
+        starts(x),
         ctypes.c_int64(x.stride(2)),
         ctypes.c_int64(N),
         B * H,
@@ -160,9 +160,10 @@ def take(x: Tensor, index: Tensor, cos: Tensor | None, sin: Tensor | None, span:
         *(ctypes.c_void_p(None if each is None else each.data_ptr()) for each in angles),
         0 if cos is None else cos.shape[-1],
         span,
+        int(compact),
         torch.get_num_threads(),
         ctypes.c_void_p(out.data_ptr()),
-        _starts(out),
+        starts(out),
     )
 
 
@@ -181,7 +182,7 @@ def why_not_rows(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def attend_rows(
     parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
-    turns: tuple[Tensor, Tensor, int] | None,
+    turns: tuple[Tensor, Tensor, int, bool] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all parts: q [B, Hq, 1, D], k, v, and the rows index int64 [B, K] of them, or all; the keys of

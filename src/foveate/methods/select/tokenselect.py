@@ -17,19 +17,27 @@ N counts the chunk. scale is 1 as in the authors' code; 1/sqrt(D) makes softer v
 too, switched off as released (reuse=None), its threshold untested by them; tokens that left the local window since the
 choice was made are not read until the next one. Ties go to the earlier token.
 
+Votes read all keys, so they are kept for that in 8 bits, unrotated, beside the cache (`bits=8`): each channel less its
+mean and divided by its spread over the first tokens, which no softmax feels, then one scale per key. bits=None keeps
+them in the cache's own type and votes by exact products.
+
 Differs from the authors' code: query head h uses KV head h // G (theirs h mod Hkv, which crosses groups:
-head_map="modulo"); scores are not rounded to bfloat16; batches are served, every row choosing for itself. Unrotated
-keys are stored beside the rotated ones (half as many bytes again, all told): the local window is read as it lies, and
-the chosen tokens alone are rotated to their ranks, the queries turned to match, the two parts merged by their
-log-sum-exps. Layers with a sliding window of their own are dense.
+head_map="modulo"); scores are not rounded to bfloat16, but come of keys in 8 bits; batches are served, every row
+choosing for itself. The cache's keys are rotated: the local window is read as it lies, and the chosen tokens alone are
+turned back from their positions to their ranks, the queries turned to match, the two parts merged by their
+log-sum-exps. An angle is so off by the rounding of the model's own, 2^-24 of a position. Layers with a sliding window
+of their own are dense.
 Cost of a decode step: a new choice O(N Hq D) and a top-k over N, then O(L D); a reused choice O(L D). The C++ kernel
 reads chosen tokens where they lie and copies those of a choice that has served a few steps; elsewhere every new choice
-is copied. State: unrotated keys, with reuse the choice and its copy; a request holds the rotations to the L ranks once
-per rotary embedding. Needs the rotary embedding (UnsupportedModelError).
+is copied. State, once more than L tokens are stored: a byte per number of a key and four per key (bits=None: the keys
+again), with reuse the choice and its copy; a request holds, once per rotary embedding, the rotations to the L ranks and
+back from N positions. Needs the rotary embedding (UnsupportedModelError).
 """
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,16 +45,18 @@ import torch
 from torch import Tensor
 
 from foveate.attention import attend, merge
+from foveate.attention.backends import cpp_votes
+from foveate.attention.byte_keys import ByteKeys
 from foveate.attention.scoring import RotaryTable, Rows, attend_rows, reads_in_place, take_rows, voted_slots
 from foveate.errors import UnsupportedModelError
 from foveate.methods.base import Method
+from foveate.methods.select import ballots
 from foveate.methods.select.reuse import WhenDissimilar
 from foveate.methods.select.rotations import Rotations
 from foveate.methods.step import Phase, Reading, RopeLike, Step
 from foveate.options import option
 from foveate.registry import register
 
-UNROTATED = "tokenselect"
 # Steps that a choice is read where it lies, where that is possible, before it is copied: a copy costs what it saves in
 # two to three steps (one core of a Zen 3, 3584 of 32k keys, float32 and bfloat16).
 LEND = 3
@@ -56,11 +66,14 @@ LEND = 3
 class Selection:
     """One layer's selection cache.
 
-    query: [B, Hq, D] qbar. index: [B, sinks + budget] int64, the places of the first tokens and the chosen ones among a
-    row's tokens. served: [B] int64 on the host, the steps that a choice has served; -1: none was made.
-    copied: bool [B] on the host, whether keys, values [B, Hkv, sinks + budget, D] hold them, keys at their ranks.
+    codings: how its keys are coded; None: they are not.
+    query: [B, Hq, D] qbar of the choice, float32. index: [B, sinks + budget] int64, the places of the first tokens and
+    the chosen ones among a row's tokens. served: [B] int64 on the host, the steps that a choice has served; -1: none
+    was made. copied: bool [B] on the host, whether keys, values [B, Hkv, sinks + budget, D] hold them, keys at their
+    ranks.
     """
 
+    codings: ballots.Codings | None
     query: Tensor
     index: Tensor
     served: Tensor
@@ -71,24 +84,21 @@ class Selection:
 
 @dataclass
 class Part:
-    """Tokens of one row, or of all: q [b, Hq, M, D] at true positions, keys, unrotated keys, values [b, Hkv, N, D].
-
-    bare: q unrotated, where it is known already.
-    """
+    """Tokens of one row, or of all: q [b, Hq, M, D] and k, v [b, Hkv, N, D], rotated, token j of a row in slot j, and
+    what the keys are voted on by."""
 
     rows: slice
     q: Tensor
-    bare: Tensor | None
     k: Tensor
-    unrotated: Tensor
     v: Tensor
+    ballots: Tensor | ByteKeys
 
     def upto(self, start: int, stop: int) -> Part:
         """The queries [start, stop) and the keys up to the last of them."""
         n = self.k.shape[2] - self.q.shape[2] + stop
-        keys = (each[:, :, :n] for each in (self.k, self.unrotated, self.v))
-        bare = None if self.bare is None else self.bare[:, :, start:stop]
-        return Part(self.rows, self.q[:, :, start:stop], bare, *keys)
+        votes = self.ballots
+        votes = votes.between(0, n) if isinstance(votes, ByteKeys) else votes[:, :, :n]
+        return Part(self.rows, self.q[:, :, start:stop], self.k[:, :, :n], self.v[:, :, :n], votes)
 
 
 @register(
@@ -128,6 +138,7 @@ class TokenSelect(Method):
         0.9, "similarity of queries from which on a choice serves again; None: choose at every step", at_least=-1
     )
     prompt: bool = option(True, "select in prompts too")
+    bits: int | None = option(8, "bits of the keys that are voted on; None: the cache's own type", one_of=(8, None))
     head_map: str = option(
         "group", "KV head of a query head: h // G, or h mod Hkv as in the authors' kernel", one_of=("group", "modulo")
     )
@@ -148,54 +159,75 @@ class TokenSelect(Method):
             return step.attend()
         if step.rope is None:
             raise UnsupportedModelError("TokenSelect moves keys, and this model's rotary embedding is not known")
-        if step.m == 1 and step.cache.positions is None and step.cache.has_extra(UNROTATED):
-            rotations = self._rotations(step, step.rope)
-            if rotations is not None:
-                return self._attend_token(step, step.rope, rotations)
-        bare = self._store_unrotated(step, step.rope)
-        if step.cache.stored <= self.most or (step.m > 1 and not self.prompt):
+        if step.m == 1 and step.cache.positions is None and ballots.present(step):
+            out = self._attend_token(step, step.rope)
+            if out is not None:
+                return out
+        state = None if step.cache.stored <= self.most else self._state(step)
+        ballots.store(step, step.rope, self.most, None if state is None else state.codings)
+        if state is None or (step.m > 1 and not self.prompt):
             return step.attend()
         if not step.cache.holes:
-            unrotated = step.cache.extra(UNROTATED)
-            return self._attend_part(step, step.rope, Part(slice(None), step.q, bare, step.k, unrotated, step.v))
+            held = ballots.ballots(step, slice(None), lambda x: x, state.codings)
+            return self._attend_part(step, step.rope, Part(slice(None), step.q, step.k, step.v, held))
         out = torch.zeros(*step.q.shape[:3], step.v.shape[-1], dtype=step.q.dtype, device=step.q.device)
         for row in range(step.q.shape[0]):
             real = step.query_positions()[row] >= 0
             if bool(real.any()):
-                out[row, :, real] = self._attend_part(step, step.rope, self._row(step, row, real, bare))[0]
+                out[row, :, real] = self._attend_part(step, step.rope, self._row(step, row, real, state))[0]
         return out
 
-    def _attend_token(self, step: Step, rope: RopeLike, rotations: Rotations) -> Tensor:
-        """A decode step where slot j holds token j: one turn gives all rotations that it asks for."""
-        N, Hq = step.cache.stored, step.q.shape[1]
-        both = torch.cat((step.q, step.k[:, :, -1:]), 1)
-        turned = rotations.of_token(rope, N - 1, step.q).turn_to_each(both)
-        unrotated = step.cache.extra(UNROTATED)
-        unrotated[:, :, -1:] = turned[:, Hq:, :1]
-        if self.most >= N:
-            return step.attend()
-        part = Part(slice(None), step.q, None, step.k, unrotated, step.v)
-        self._record(step, part, 0)
-        return self._read_chosen(step, rope, rotations.ranks, part, turned[:, :Hq, 1], turned[:, :Hq, 2:])
+    def _one_call(self, step: Step, k: Tensor, v: Tensor) -> bool:
+        """Whether one call of the C++ kernel takes a whole decode step."""
+        if self.bits != 8 or self.kernel != 1 or self.head_map != "group" or step.softcap is not None:
+            return False
+        wanted = os.environ.get("FOVEATE_BACKEND", "auto") in ("auto", "cpp")
+        return wanted and step.sink is None and cpp_votes.why_not_token(step.q, k, v) is None
 
-    @staticmethod
-    def _store_unrotated(step: Step, rope: RopeLike) -> Tensor | None:
-        """Store the new keys unrotated. Returns the query unrotated in a decode step, where both take one call."""
-        if not step.cache.has_extra(UNROTATED):
-            at = step.positions.keys(step.cache.stored, step.q.device).clamp_min(0)
-            step.cache.set_extra(UNROTATED, rope.unrotate(step.k, at[:, 0]))
+    def _attend_token(self, step: Step, rope: RopeLike) -> Tensor | None:
+        """A decode step where slot j holds token j, by one call; None: where that cannot be."""
+        k, v, rotations = step.k, step.v, self._rotations(step, rope)
+        if rotations is None or rotations.back is None or not self._one_call(step, k, v):
             return None
-        new, at = step.k[:, :, -step.m :], step.query_positions().clamp_min(0)
-        bare = None
-        if step.m == 1:
-            bare, new = rope.unrotate(torch.cat((step.q, new), 1), at).split((step.q.shape[1], step.kv_heads), 1)
-        else:
-            new = rope.unrotate(new, at)
-        step.cache.extra(UNROTATED)[:, :, -step.m :] = new
-        return bare
+        state: Selection = step.state
+        assert state.codings is not None
+        turns, back = rotations.of_token(rope, step.cache.stored - 1, step.q), rotations.back
+        reading = torch.empty(2, *step.q.shape, dtype=step.q.dtype)
+        out = cpp_votes.token_step(
+            step.q,
+            k,
+            v,
+            {
+                "cos": turns.cos,
+                "sin": turns.sin,
+                "back_cos": back.cos,
+                "back_sin": back.sin,
+                "mean": state.codings.of.mean,
+                "spread": state.codings.of.spread,
+                "codes": step.cache.extra(ballots.KEYS),
+                "steps": step.cache.extra(ballots.STEPS),
+                "held": state.query,
+                "index": state.index,
+                "served": state.served,
+                "copied": state.copied,
+                "keys_copied": state.keys,
+                "values_copied": state.values,
+                "reading": reading,
+            },
+            span=turns.span,
+            first=self.sinks,
+            last=self.local,
+            count=self.budget,
+            lend=LEND,
+            scale=self.scale,
+            threshold=math.nan if self.reuse is None else self.reuse,
+            softmax_scale=step.scale,
+        )
+        part = Part(slice(None), step.q, k, v, k)
+        self._record(step, part, 0)
+        return self._read_rows(step, part, self._chosen(step, state, rotations, part, reading[0])) if out is None else out
 
-    @staticmethod
-    def _row(step: Step, row: int, real: Tensor, bare: Tensor | None) -> Part:
+    def _row(self, step: Step, row: int, real: Tensor, state: Selection) -> Part:
         """One sequence of a padded batch without its padding."""
         here = slice(row, row + 1)
         slots = (step.cache.positions_or_fail()[row, 0] >= 0).nonzero()[:, 0]
@@ -205,9 +237,8 @@ class TokenSelect(Method):
             unbroken = int(slots[-1]) - first + 1 == n
             return x[here].narrow(2, first, n) if unbroken else x[here].index_select(2, slots)
 
-        bare = None if bare is None else bare[here][:, :, real]
-        unrotated = held(step.cache.extra(UNROTATED))
-        return Part(here, step.q[here][:, :, real], bare, held(step.k), unrotated, held(step.v))
+        votes = ballots.ballots(step, here, held, state.codings)
+        return Part(here, step.q[here][:, :, real], held(step.k), held(step.v), votes)
 
     def _attend_part(self, step: Step, rope: RopeLike, part: Part) -> Tensor:
         """Chunk by chunk; the first ones, where everything fits, in one dense call."""
@@ -226,18 +257,17 @@ class TokenSelect(Method):
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
     def _attend_chunk(self, step: Step, rope: RopeLike, part: Part) -> Tensor:
-        M, N, ranks = part.q.shape[2], part.k.shape[2], self._ranks(step, rope)
-        bare = part.bare
-        if bare is None:
-            bare = rope.unrotate(part.q, torch.arange(N - M, N, device=part.q.device)[None])
-        query = _turned(rope, ranks, bare, self.local).mean(2)
-        return self._read_chosen(step, rope, ranks, part, query, _turned(rope, ranks, bare, self.most - M))
+        """The first tokens, those chosen for qbar, and the last ones."""
+        M, N, rotations = part.q.shape[2], part.k.shape[2], self._rotations(step, rope)
+        bare = rope.unrotate(part.q, torch.arange(N - M, N, device=part.q.device)[None])
+        ranks = None if rotations is None else rotations.ranks
+        query = _turned(rope, ranks, bare, self.local).mean(2).float()
+        reading = _turned(rope, ranks, bare, self.most - M)
+        state = self._choice(step, part, query)
+        far = self._chosen(step, state, rotations, part, reading)
+        return self._read_rows(step, part, far)
 
-    def _read_chosen(
-        self, step: Step, rope: RopeLike, ranks: RotaryTable | None, part: Part, query: Tensor, reading: Tensor
-    ) -> Tensor:
-        """The first tokens, those chosen for qbar, and the last ones; reading: the queries at the last ranks."""
-        far = self._far(step, rope, ranks, part, query, reading)
+    def _read_rows(self, step: Step, part: Part, far: Rows) -> Tensor:
         k, v = part.k[:, :, -self.local :], part.v[:, :, -self.local :]
         if part.q.shape[2] == 1 and step.sink is None:
             return attend_rows(far, Rows(part.q, k, v), scale=step.scale, softcap=step.softcap)[0]
@@ -261,82 +291,62 @@ class TokenSelect(Method):
         share = part.q.shape[0] / step.q.shape[0]
         step.run.readings.append(Reading(step.layer, step.phase, read * share, visible * share))
 
-    def _far(
-        self, step: Step, rope: RopeLike, ranks: RotaryTable | None, part: Part, query: Tensor, reading: Tensor
+    def _chosen(
+        self, step: Step, state: Selection, rotations: Rotations | None, part: Part, reading: Tensor
     ) -> Rows:
-        """The first tokens and those chosen for qbar, for `reading`."""
-        rows = part.rows
-        if self.reuse is None:
-            state, index, lent = None, self.votes_for(query, part.unrotated), True
-        else:
-            state = self._choice(step, part, query)
-            settled = state.copied.numpy()[rows] | (state.served.numpy()[rows] >= LEND)
-            index, lent = state.index[rows], not settled.all()
-        if lent and ranks is not None and step.softcap is None and reads_in_place(reading, part.unrotated, part.v):
-            return Rows(reading, part.unrotated, part.v, index, ranks.rows(0, index.shape[1]))
-        if state is None:
-            return Rows(reading, *self._copy(rope, ranks, part, index))
-        return Rows(reading, *self._copied(state, rope, ranks, part))
+        """The first tokens and those of the present choice, for `reading`."""
+        rows, back = part.rows, None if rotations is None else rotations.back
+        index = state.index[rows]
+        settled = state.copied.numpy()[rows] | (state.served.numpy()[rows] >= LEND)
+        if back is not None and step.softcap is None and not settled.all() and reads_in_place(reading, part.k, part.v):
+            return Rows(reading, part.k, part.v, index, back, compact=True)
+        if state.keys is None or state.values is None:
+            B, L = state.index.shape
+            state.keys, state.values = (x.new_empty(B, x.shape[1], L, x.shape[3]) for x in (part.k, part.v))
+        keys, values = state.keys[rows], state.values[rows]
+        if not state.copied.numpy()[rows].all():
+            take_rows(part.v, index, out=values)
+            if back is not None:
+                take_rows(part.k, index, back, out=keys, compact=True)
+            else:
+                assert step.rope is not None
+                ranks = torch.arange(index.shape[1], device=index.device)[None]
+                keys.copy_(step.rope.rotate(step.rope.unrotate(take_rows(part.k, index), index), ranks))
+            state.copied[rows] = True
+        return Rows(reading, keys, values)
 
-    def _choice(self, step: Step, part: Part, query: Tensor) -> Selection:
-        """The selection cache, the choice of the part's rows made for qbar or found to serve it."""
-        rows = part.rows
+    def _state(self, step: Step) -> Selection:
         if step.state is None:
             B, L = step.cache.shape[0], self.sinks + self.budget
             index = torch.zeros(B, L, dtype=torch.int64, device=step.q.device)
-            asked = step.q.new_zeros(B, step.q.shape[1], step.q.shape[-1])
-            step.state = Selection(asked, index, torch.full((B,), -1), torch.zeros(B, dtype=torch.bool))
-        state: Selection = step.state
-        assert self.reuse is not None
-        # Numpy's views of the host's numbers: an operator of torch costs a decode step more.
+            asked = torch.zeros(B, step.q.shape[1], step.q.shape[-1], dtype=torch.float32, device=step.q.device)
+            codings = ballots.Codings.empty(step) if self.bits else None
+            step.state = Selection(codings, asked, index, torch.full((B,), -1), torch.zeros(B, dtype=torch.bool))
+        return step.state
+
+    def _choice(self, step: Step, part: Part, query: Tensor) -> Selection:
+        """The selection cache, the choice of the part's rows made for qbar or found to serve it."""
+        rows, state = part.rows, self._state(step)
         served, copied = state.served.numpy()[rows], state.copied.numpy()[rows]
         served += 1
-        due = (served == 0) | WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows]).numpy()
+        due = served == 0
+        if self.reuse is None:
+            due[:] = True
+        else:
+            due |= WhenDissimilar(self.reuse, flat=True).due(1, query, state.query[rows]).numpy()
         if due.any():
-            index, every = self.votes_for(query, part.unrotated), due.all()
+            index, every = self.votes_for(query, part.ballots), due.all()
             for held, new in ((state.query, query), (state.index, index)):
                 if every:
                     held[rows] = new
                 else:
                     fresh = torch.from_numpy(due).to(query.device).view(-1, *[1] * (new.dim() - 1))
                     held[rows] = torch.where(fresh, new, held[rows])
-            served[due], copied[:] = 0, False
+            served[due], copied[due] = 0, False
         return state
 
-    def _copied(self, state: Selection, rope: RopeLike, ranks: RotaryTable | None, part: Part) -> tuple[Tensor, Tensor]:
-        """The copies of the part's rows, made where they are not there yet."""
-        rows = part.rows
-        if state.keys is None or state.values is None:
-            B, L = state.index.shape
-            state.keys, state.values = (x.new_empty(B, x.shape[1], L, x.shape[3]) for x in (part.k, part.v))
-        keys, values = state.keys[rows], state.values[rows]
-        if not bool(state.copied[rows].all()):
-            self._copy(rope, ranks, part, state.index[rows], (keys, values))
-            state.copied[rows] = True
-        return keys, values
-
-    @staticmethod
-    def _copy(
-        rope: RopeLike,
-        ranks: RotaryTable | None,
-        part: Part,
-        index: Tensor,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values by index, keys at their ranks, written to `out` where it is given."""
-        keys, values = out or (None, None)
-        values = take_rows(part.v, index, out=values)
-        if ranks is not None:
-            return take_rows(part.unrotated, index, ranks.rows(0, index.shape[1]), out=keys), values
-        turned = _turned(rope, None, take_rows(part.unrotated, index), 0)
-        return (turned if keys is None else keys.copy_(turned)), values
-
-    def _ranks(self, step: Step, rope: RopeLike) -> RotaryTable | None:
-        rotations = self._rotations(step, rope)
-        return None if rotations is None else rotations.ranks
-
     def _rotations(self, step: Step, rope: RopeLike) -> Rotations | None:
-        """The rotations to all ranks, made once for the layers that turn alike; None: of a layout without a table."""
+        """The rotations of the layers that turn alike, made once; None: of a layout without a table."""
         tables: dict[RopeLike, Rotations | None] = step.run.shared.setdefault((self, step.member, "ranks"), {})
         if rope not in tables:
             # A chunk of queries votes from `local` on.
@@ -345,18 +355,22 @@ class TokenSelect(Method):
             alike = next((each for each in known if each.ranks.agrees(rope.rotate, order)), None)
             ranks = None if alike else RotaryTable.of(rope.rotate, order, step.k)
             tables[rope] = alike or (None if ranks is None else Rotations.to(ranks, (self.local, self.most - 1)))
-        return tables[rope]
+        found = tables[rope]
+        if found is not None:
+            found.reach(rope, step.cache.stored, step.k)
+        return found
 
     def mean_query(self, q: Tensor, rope: RopeLike) -> Tensor:
         """qbar of unrotated q [B, Hq, M, D]: [B, Hq, D]."""
         return _turned(rope, None, q, self.local).mean(2)
 
-    def votes_for(self, query: Tensor, k: Tensor) -> Tensor:
-        """The first tokens and the `budget` middle ones with most votes, ascending: qbar [B, Hq, D], unrotated k ->
-        int64 [B, sinks + budget]."""
+    def votes_for(self, query: Tensor, k: Tensor | ByteKeys) -> Tensor:
+        """The first tokens and the `budget` middle ones with most votes, ascending: qbar [B, Hq, D], unrotated k
+        [B, Hkv, N, D] -> int64 [B, sinks + budget]."""
         if self.head_map == "modulo":
             query = query.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
         sizes = {"first": self.sinks, "last": self.local, "count": self.budget}
+        query = query if isinstance(k, ByteKeys) else query.to(k.dtype)
         return voted_slots(query, k, self.scale, kernel=self.kernel, **sizes)
 
     def select(self, q: Tensor, k: Tensor, rope: RopeLike) -> Tensor:

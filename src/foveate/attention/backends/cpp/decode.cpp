@@ -6,16 +6,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <vector>
 
+#include "decode.h"
 #include "dots.h"
 
 namespace {
 
 constexpr int BLOCK = 64;      // keys whose scores are held at once
 constexpr int TURNING = 256;   // entries whose rotations stay in cache until all heads have used them
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 template <typename T>
 inline void prefetch(const T* row, int width) {
@@ -148,11 +147,15 @@ inline float weigh(float* s, int count, float top) {
     return made;
 }
 
-// The rotations of a list's keys: cos, sin [entries, pairs] as `turn` reads them; none where pairs is 0.
+// The rotations of a list's keys: cos, sin [rows, pairs] as `turn` reads them; none where pairs is 0. Entry j, slot s, is
+// turned by row j, or where `compact` by row s - j: by how far it moves to stand side by side with the others.
 struct Turns {
     const float* cos;
     const float* sin;
     int pairs, span;
+    bool compact;
+
+    int64_t row(int64_t entry, int64_t slot) const { return compact ? slot - entry : entry; }
 };
 
 // Scores of `count` keys, out [R, BLOCK]; ahead(j) is called before key j's turn.
@@ -186,12 +189,14 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
     std::fill(acc, acc + R * Dv, 0.0f);
     std::fill(top, top + R, NOTHING);
     std::fill(sum, sum + R, 0.0f);
+    for (int64_t j = first; list && j < std::min(last, first + BLOCK); ++j)
+        if (list[j] >= 0 && list[j] < limit) prefetch(k + list[j] * k_row, D), prefetch(v + list[j] * v_row, Dv);
     for (int64_t begin = first; begin < last;) {
         int count = 0;
         for (; begin < last && count < BLOCK; ++begin) {
             int64_t slot = list ? list[begin] : begin;
             if (list && (slot < 0 || slot >= limit)) continue;  // absent
-            entry[count] = begin;
+            entry[count] = turns.row(begin, slot);
             keys[count] = k + slot * k_row;
             values[count++] = v + slot * v_row;
         }
@@ -203,7 +208,12 @@ void stretch(const T* q, float scale, const T* k, const T* v, int64_t k_row, int
             return slot < limit ? slot : -1;
         };
         auto next_key = [&](int j) {
-            if (int64_t slot = coming(j); slot >= 0) prefetch(k + slot * k_row, D);
+            int64_t slot = coming(j);
+            if (slot < 0) return;
+            prefetch(k + slot * k_row, D);
+            if (!turning || !turns.compact) return;
+            int64_t row = turns.row(begin + j, slot) * turns.pairs;
+            prefetch(turns.cos + row, turns.pairs), prefetch(turns.sin + row, turns.pairs);
         };
         auto next_value = [&](int j) {
             if (int64_t slot = coming(j); slot >= 0) prefetch(v + slot * v_row, Dv);
@@ -324,16 +334,11 @@ void run(const Segments<T>& given, int threads, float* out, float* lse) {
 
 extern "C" {
 
-// Segment h of heads * parts: queries q[h] [rows, D] of the keys' kind, whose products are multiplied by scale; its keys
-// from k[h], values from v[h], rows k_row and v_row elements apart; length[h] entries of list[h], key slots (absent: < 0
-// or >= limit), or the first length[h] slots where list[h] is null. Keys of a list are turned as `turn` says by cos, sin
-// [entries, pairs] before use; pairs 0: as they are. Segments h, h + heads, ... are attended to as if they were one.
-// out [heads, rows, Dv], lse [heads, rows] float32. kind: 0 float32, 1 bfloat16. D and Dv multiples of 16.
 void foveate_decode(int kind, const void* q, float scale, const void* const* k, const void* const* v, int64_t k_row,
                     int64_t v_row, const int64_t* const* list, const int64_t* length, int64_t limit, const float* cos,
-                    const float* sin, int pairs, int span, int heads, int parts, int rows, int D, int Dv, int threads,
-                    float* out, float* lse) {
-    Turns turns{cos, sin, pairs, span};
+                    const float* sin, int pairs, int span, int compact, int heads, int parts, int rows, int D, int Dv,
+                    int threads, float* out, float* lse) {
+    Turns turns{cos, sin, pairs, span, compact != 0};
     if (kind == 0)
         run(Segments<float>{static_cast<const float*>(q), scale, reinterpret_cast<const float* const*>(k),
                             reinterpret_cast<const float* const*>(v), k_row, v_row, list, length, limit, turns, heads,

@@ -1,5 +1,6 @@
 // What the CPU kernels share: storage types, products of a few query rows with keys, exponentials, rotations.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -12,6 +13,8 @@
 namespace {
 
 using bf16 = uint16_t;
+
+constexpr float NOTHING = -INFINITY;  // the score of what is not there
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {

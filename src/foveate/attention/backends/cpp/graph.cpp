@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr size_t AHEAD = 12;  // keys fetched ahead of use
 
 inline void fetch(const void* row, int64_t bytes) {
