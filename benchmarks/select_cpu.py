@@ -10,9 +10,9 @@ all methods take turns within a round, so that they share the machine's load; ti
 chosen keys and values alone (the C++ backend gathers nothing: it reads them where they lie).
 
 Synthetic queries do not say how often TokenSelect keeps a choice. `--record` asks the bundled model: in which of 64
-decode steps after a prompt of the manual's text each layer chooses anew, with the method's default options, over the
-text that follows and over the model's own greedy continuation. The timing run makes choices in that order, layer after
-layer, a dense step before each; of these rows all times are means.
+decode steps after a prompt of the manual's text each layer chooses anew, with the method's default options and with a
+lower threshold, over the text that follows and over the model's own greedy continuation. The timing run makes choices
+in that order, layer after layer, a dense step before each; of these rows all times are means.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ REUSE = Path(__file__).parent / "results" / "select_reuse.json"
 HEADS, KV_HEADS, SIZE, LAYERS = 9, 3, 64, 30
 SHARE = 8
 STEPS = 64
-RECORDED = ("the manual's text", "greedy continuation")
+# The released threshold of similarity from which on a choice is kept, and a lower one.
+REUSES = (0.9, 0.8)
+RECORDED = tuple(f"{text}, reuse={reuse}" for reuse in REUSES for text in ("the manual's text", "greedy continuation"))
 
 
 class Clock:
@@ -180,10 +182,10 @@ def replayed(name: str, made: dict[str, Any], full: Subject, kept: Subject) -> d
 
 
 @torch.inference_mode()
-def choices(model: Any, prompt: list[int], text: list[int] | None, steps: int) -> dict[str, Any]:
+def choices(model: Any, method: TokenSelect, prompt: list[int], text: list[int] | None, steps: int) -> dict[str, Any]:
     """Which of `steps` decode steps choose anew, as a string of 0 and 1 per layer; text: None takes the model's own."""
     made: list[str] = []
-    with apply(model, TokenSelect()) as run:
+    with apply(model, method) as run:
         held = {cache_keyword(model): run.new_cache()}
         logits = model(torch.tensor([prompt]), logits_to_keep=1, **held).logits
         for step in range(steps):
@@ -200,14 +202,14 @@ def record(tokens: int, steps: int) -> None:
     model, tokenizer = default_model(dtype="float32", device="cpu")
     ids = tokenizer("\n\n".join(paragraphs(None)))["input_ids"][: tokens + steps]
     prompt, text = ids[:tokens], ids[tokens:]
+    found = [choices(model, TokenSelect(reuse=reuse), prompt, each, steps) for reuse in REUSES for each in (text, None)]
     made = {
         "what": "decode steps in which TokenSelect chooses anew (1) or keeps its choice (0), a string per layer",
         "model": DEFAULT_NAME,
         "options": asdict(TokenSelect()),
         "prompt_tokens": tokens,
         "steps": steps,
-        "the manual's text": choices(model, prompt, text, steps),
-        "greedy continuation": choices(model, prompt, None, steps),
+        **dict(zip(RECORDED, found)),
         "device": device_name(torch.device("cpu")),
         "versions": versions(),
         "date": now(),

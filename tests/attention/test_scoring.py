@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.attention import Rope
+from foveate.attention import Rope, attend
 from foveate.attention.backends import cpp_scoring
 from foveate.attention.merge import merge
 from foveate.attention.scoring import (
@@ -149,6 +149,29 @@ def test_chosen_rows_are_turned(dtype: torch.dtype, rotate: object) -> None:
     assert torch.equal(take_rows(x, index), rows)
 
 
+@pytest.mark.parametrize("rotate", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", GATES)
+def test_rows_of_a_compact_list_are_turned_by_how_far_they_move(dtype: torch.dtype, rotate: object) -> None:
+    assert callable(rotate)
+    x, order = torch.randn(2, 3, 400, 16).to(dtype), torch.arange(410)
+    index = torch.stack([torch.randperm(400)[:150].sort().values for _ in range(2)])
+    table = RotaryTable.of(rotate, order, x)
+    assert table is not None
+    moves = index - torch.arange(150)
+    rows = x.gather(2, index[:, None, :, None].expand(-1, 3, -1, 16))
+    expected = torch.cat([rotate(rows[b : b + 1].double(), moves[b : b + 1]) for b in range(2)])
+    made = take_rows(x, index, table, compact=True)
+    gate = GATES[dtype] * (1 if dtype != torch.float64 else 1e3)
+    assert (made - expected).norm() <= gate * expected.norm()
+    q, v = torch.randn(2, 6, 1, 16).to(dtype), torch.randn(2, 3, 400, 16).to(dtype)
+    listed = Rows(q, x, v, index, table, compact=True)
+    found = attend_rows(listed, Rows(q, x[:, :, -20:], v[:, :, -20:]), scale=0.25)[0]
+    keys = torch.cat((expected, x[:, :, -20:].double()), 2)
+    values = torch.cat((take_rows(v, index), v[:, :, -20:]), 2).double()
+    dense = attend(q.double(), keys, values, scale=0.25, causal=False)
+    assert (found - dense).norm() <= max(gate, 1e-6) * 4 * dense.norm()
+
+
 def test_a_table_knows_its_rotary_embedding() -> None:
     at = torch.arange(300)
     table = RotaryTable.of(Rope(16).rotate, at, torch.randn(16))
@@ -256,6 +279,8 @@ def test_bad_attention_over_rows() -> None:
     table = RotaryTable.of(Rope(16).rotate, torch.arange(5), k)
     with pytest.raises(ShapeError, match="a table of 5 positions, allowed: 4, one per row"):
         Rows(q, k, k, index, table)
+    with pytest.raises(ShapeError, match="a table of 5 positions, allowed: 9 or more, one per slot"):
+        Rows(q, k, k, index, table, compact=True)
     with pytest.raises(ShapeError, match="a table of 5 positions, allowed: one with an index"):
         Rows(q, k, k, None, table)
     with pytest.raises(ShapeError):
@@ -292,3 +317,16 @@ def test_a_vector_turned_to_each_position(dtype: torch.dtype, rotate: object, ba
     found, expected = table.turn_to_each(x), rotate(x.double().expand(-1, -1, 3, -1), at[None])
     assert found.dtype == dtype
     assert (found - expected).norm() <= GATES[dtype] * (1 if dtype != torch.float64 else 1e3) * expected.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("levels", [3, 500, 10**6])
+def test_the_best_of_a_long_row_are_found_by_several_threads(rows: int, levels: int) -> None:
+    scores = torch.randint(-levels, levels, (1, rows, 20_011)).float() / 7
+    scores[0, 0, 17_000:] = -torch.inf
+    order = scores.sort(-1, descending=True, stable=True)
+    for count in (1, 700, 12_000, 20_011):
+        found = top_slots(scores, count)
+        for r in range(rows):
+            expected = order.indices[0, r, :count][order.values[0, r, :count] > -torch.inf].sort().values
+            assert torch.equal(found[0, r][found[0, r] >= 0], expected)

@@ -11,7 +11,7 @@ from foveate.attention.backends.cpp import build
 from foveate.errors import OptionError, UnsupportedModelError
 from foveate.methods import SingleLayer
 from foveate.methods.base import execute
-from foveate.methods.select import rotations, tokenselect
+from foveate.methods.select import ballots, rotations, tokenselect
 from foveate.methods.select.reuse import similarity
 from foveate.methods.select.tokenselect import TokenSelect
 from foveate.methods.step import RopeLike
@@ -236,14 +236,15 @@ def test_padded_rows_equal_single_ones() -> None:
         torch.testing.assert_close(batch[row : row + 1, :, pad:], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_kept_choice_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    original = TokenSelect.votes_for
-    monkeypatch.setattr(TokenSelect, "votes_for", lambda *given: (calls.append(1), original(*given))[1])
-    for reuse, expected in ((1.5, 20), (-1.0, 1), (None, 20)):
-        calls.clear()
-        run(TokenSelect(**SMALL, reuse=reuse, prompt=False), draw(50), [30] + [1] * 20)
-        assert len(calls) == expected
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize(("reuse", "expected"), [(1.5, 20), (-1.0, 1), (None, 20)])
+def test_a_kept_choice_is_not_made_again(reuse: float | None, expected: int, bits: int | None) -> None:
+    layer = run(TokenSelect(**SMALL, reuse=reuse, prompt=False, bits=bits), draw(30), [30])[1]
+    made = 0
+    for _ in range(20):
+        layer(*(torch.randn(1, heads, 1, 16) for heads in (4, 2, 2)))
+        made += int(layer.cache.states[0].served[0] == 0)
+    assert made == expected
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -280,10 +281,35 @@ def test_positions_stay_compact() -> None:
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_stored_bytes_hold_the_unrotated_keys_once() -> None:
-    _, layer = run(TokenSelect(**SMALL, reuse=None), draw(200), [200])
+@pytest.mark.parametrize(("bits", "most"), [(8, 2.8), (None, 3.6)])
+def test_stored_bytes_beside_the_cache(bits: int | None, most: float) -> None:
+    """Two parts are the keys and values; with 8 bits of 32 and a scale per 16, half a part is the unrotated keys'."""
+    _, layer = run(TokenSelect(**SMALL, reuse=None, bits=bits), draw(200), [200])
     keys = layer.cache.keys.numel() * 4
-    assert 3 * keys <= layer.cache.bytes() <= 3.6 * keys
+    assert (most - 0.6) * keys <= layer.cache.bytes() <= most * keys
+
+
+@pytest.mark.parametrize("bits", [8, None])
+def test_what_all_read_keeps_nothing_beside_the_cache(bits: int | None) -> None:
+    method = TokenSelect(**SMALL, bits=bits)
+    _, layer = run(method, draw(method.most), [method.most - 3, 1, 1, 1])
+    assert not layer.cache.states
+    assert not layer.cache.has_extra(ballots.KEYS)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_prompt_in_pieces_codes_its_keys_alike(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEATE_CPP", "1" if kernel else "0")
+    qkv = draw(60)
+    codes = []
+    for spans in ([60], [5, 30, 25], [22] + [1] * 38):
+        cache = run(TokenSelect(**SMALL), qkv, spans)[1].cache
+        codes.append((cache.extra(ballots.KEYS).float(), cache.extra(ballots.STEPS)))
+    for other, steps in codes[1:]:
+        torch.testing.assert_close(steps, codes[0][1], rtol=1e-4, atol=0)
+        # A number between two codes may fall to either.
+        assert (other - codes[0][0]).abs().amax() <= 1
+        assert bool((other != codes[0][0]).float().mean() < 0.01)
 
 
 def test_bad_options() -> None:

@@ -70,8 +70,9 @@ def voted_slots(
     """The first slots, and the `count` between them and the last ones that all query heads vote for most
     (`softmax_votes` over those between): int64 [B, first + count], ascending; ties go to the lower slot.
 
-    q: [B, Hq, D], k: [B, Hkv, N, D], in their own type or coded; count: at most N - first - last. kernel: odd width over which votes are
-    max-pooled. Votes that are not numbers choose the lowest slots. Raises ShapeError, OptionError. O(N Hq D).
+    q: [B, Hq, D], k: [B, Hkv, N, D], in their own type or coded; count: at most N - first - last.
+    kernel: odd width over which votes are max-pooled. Votes that are not numbers choose the lowest slots. Raises
+    ShapeError, OptionError. O(N Hq D).
     """
     N = match(q=(q, "B Hq D"), k=(k.codes if isinstance(k, ByteKeys) else k, "B Hkv N D"))["N"]
     if not scale > 0 or min(first, last, count) < 0 or count > N - first - last:
@@ -80,10 +81,10 @@ def voted_slots(
             f"of {N} keys together"
         )
     if isinstance(k, ByteKeys):
-        middle = k.between(first, N - last)
-        if kernel == 1 and cpp_votes.why_not(q, middle.codes) is None:
-            return cpp_votes.choose(middle.scaled(q), middle.codes, middle.step, scale, first, count)
-        votes = middle.scores(q).mul_(scale).softmax(-1).sum(1, keepdim=True)
+        coded = k.between(first, N - last)
+        if kernel == 1 and cpp_votes.why_not(q, coded.codes) is None:
+            return cpp_votes.choose(coded.scaled(q), coded.codes, coded.step, scale, first, count)
+        votes = coded.scores(q).mul_(scale).softmax(-1).sum(1, keepdim=True)
     else:
         middle = k[:, :, first : N - last]
         rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])

@@ -104,8 +104,8 @@ def decode(
 
     list_at: addresses of lengths[s] int64 slots within a segment (absent: < 0 or >= limit), 0: the first lengths[s]
     slots. turns: cos, sin [K, P] float32, contiguous, the distance of a pair's features, and whether the list is
-    compact, as in `cpp_scoring.take`: the keys of lists are turned before use. Returns float32 [S, R, Dv] and lse [S, R]. The caller holds what addresses
-    are of.
+    compact, as in `cpp_scoring.take`: the keys of lists are turned before use. Returns float32 [S, R, Dv] and lse
+    [S, R]. The caller holds what addresses are of.
     """
     S, R, D = q.shape[0] // parts, q.shape[1], q.shape[2]
     out = torch.empty(S, R, Dv, dtype=torch.float32)

@@ -78,8 +78,10 @@ def token_step(q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor | None
     numbers: first, last, count, span, lend, scale, threshold, softmax_scale.
     """
     B, Hq, _, D = q.shape
-    q, codes, steps = q.contiguous(), tensors["codes"], tensors["steps"]
-    assert codes is not None and steps is not None and tensors["cos"] is not None
+    q, codes, steps, cos = q.contiguous(), tensors["codes"], tensors["steps"], tensors["cos"]
+    assert codes is not None
+    assert steps is not None
+    assert cos is not None
     out = q.new_empty(B, Hq, 1, v.shape[-1])
     step = TokenStep(
         q=q.data_ptr(),
@@ -104,7 +106,7 @@ def token_step(q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor | None
         group=Hq // k.shape[1],
         size=D,
         v_size=v.shape[-1],
-        pairs=tensors["cos"].shape[-1],
+        pairs=cos.shape[-1],
         threads=torch.get_num_threads(),
         **numbers,
     )

@@ -16,9 +16,9 @@ POSITIONS = 1024
 
 @dataclass
 class Rotations:
-    """ranks: to positions 0, 1, ...  back: by 0, -1, -2, ... positions; None: unless it turns what stands rotated to one
-    position to an earlier one.  targets: to none, and to those ranks that a token's vectors are wanted at.
-    here: from each of the POSITIONS from `first` on to the targets, cos and sin [POSITIONS, targets, P].
+    """ranks: to positions 0, 1, ...  back: by 0, -1, -2, ... positions, [reached, P]; None: where that does not turn
+    what stands rotated to a position to an earlier one. targets: to none, and to those ranks that a token's vectors are
+    wanted at. here: from each of the POSITIONS from `first` on to the targets, cos and sin [POSITIONS, targets, P].
     last: what `of_token` gave last, and the position it was for."""
 
     ranks: RotaryTable

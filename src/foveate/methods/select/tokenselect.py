@@ -225,7 +225,9 @@ class TokenSelect(Method):
         )
         part = Part(slice(None), step.q, k, v, k)
         self._record(step, part, 0)
-        return self._read_rows(step, part, self._chosen(step, state, rotations, part, reading[0])) if out is None else out
+        return (
+            self._read_rows(step, part, self._chosen(step, state, rotations, part, reading[0])) if out is None else out
+        )
 
     def _row(self, step: Step, row: int, real: Tensor, state: Selection) -> Part:
         """One sequence of a padded batch without its padding."""
@@ -291,9 +293,7 @@ class TokenSelect(Method):
         share = part.q.shape[0] / step.q.shape[0]
         step.run.readings.append(Reading(step.layer, step.phase, read * share, visible * share))
 
-    def _chosen(
-        self, step: Step, state: Selection, rotations: Rotations | None, part: Part, reading: Tensor
-    ) -> Rows:
+    def _chosen(self, step: Step, state: Selection, rotations: Rotations | None, part: Part, reading: Tensor) -> Rows:
         """The first tokens and those of the present choice, for `reading`."""
         rows, back = part.rows, None if rotations is None else rotations.back
         index = state.index[rows]
