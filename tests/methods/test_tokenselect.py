@@ -168,6 +168,23 @@ def test_without_the_kernel(spans: list[int], reuse: float | None, monkeypatch: 
     torch.testing.assert_close(run(method, qkv, spans)[0], brute(qkv, spans, method), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [16, 48])
+@pytest.mark.parametrize("reuse", [None, 0.3, -1.0])
+def test_bfloat16_and_values_of_another_size(reuse: float | None, size: int) -> None:
+    method = TokenSelect(**SMALL, reuse=reuse)
+    q, k, _ = draw(60)
+    # One query for all steps, so that rounding seldom moves a vote.
+    q[:, :, 40:], v = q[:, :, 40:41], torch.randn(1, 2, 60, size)
+    expected = brute((q, k, v), [40] + [1] * 20, method)
+    torch.testing.assert_close(run(method, (q, k, v), [40] + [1] * 20)[0], expected, rtol=1e-4, atol=1e-5)
+    half = tuple(each.bfloat16() for each in (q, k, v))
+    found, layer = run(method, half, [40] + [1] * 20)
+    error = (found.float() - expected)[:, :, 40:].norm(dim=-1) / expected[:, :, 40:].norm(dim=-1)
+    assert found.dtype == torch.bfloat16
+    assert float(error.median()) < 0.02
+    assert layer.cache.states[0].index.shape == (1, 9)
+
+
 def test_more_steps_than_rotations_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotations, "POSITIONS", 7)
     method, qkv, spans = TokenSelect(**SMALL, reuse=0.3), draw(80), [30] + [1] * 50

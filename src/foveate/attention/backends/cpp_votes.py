@@ -10,13 +10,16 @@ from torch import Tensor
 
 from foveate.attention.backends.cpp.build import library, why_unavailable
 from foveate.attention.backends.cpp_plans import KINDS
-from foveate.attention.backends.cpp_scoring import starts, why_not_rows
+from foveate.attention.backends.cpp_scoring import starts
+
+# Beyond this head size a sum of products of codes may overflow 32 bits.
+MAX_SIZE = 512
 
 
 def why_not(q: Tensor, codes: Tensor) -> str | None:
     """q [B, Hq, D], codes int8 [B, Hkv, N, D]."""
-    if q.device.type != "cpu" or codes.dtype != torch.int8 or q.shape[-1] % 16 or q.shape[-1] > 512:
-        return "it serves CPU tensors of a head size that 16 divides, at most 512"
+    if q.device.type != "cpu" or codes.dtype != torch.int8 or q.shape[-1] % 16 or q.shape[-1] > MAX_SIZE:
+        return f"it serves CPU tensors of a head size that 16 divides, at most {MAX_SIZE}"
     if codes.stride(-1) != 1 or not codes.numel() or not q.numel():
         return "codes need a unit last stride and at least one token"
     return why_unavailable()
@@ -64,14 +67,11 @@ class TokenStep(ctypes.Structure):
     )
 
 
-def why_not_token(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """One token's q [B, Hq, 1, D] and the stored k [B, Hkv, N, D], v [B, Hkv, N, Dv]."""
-    return "it serves head sizes of at most 512" if q.shape[-1] > 512 else why_not_rows(q, k, v)
-
-
 def token_step(q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Tensor | None], **numbers: Any) -> Tensor | None:
     """The step of token.cpp for q [B, Hq, 1, D], k and v, whose last token is the new one: o [B, Hq, 1, Dv] as q, or
-    None, where the choice is to be copied before it is read; then queries at their rank are in `reading`.
+    None, where the choice is to be copied before it is read; then the queries at their rank are in `reading`.
+
+    For what `cpp_scoring.why_not_rows` allows, and D <= MAX_SIZE.
 
     tensors: cos, sin, back_cos, back_sin, mean, spread, codes, steps, held, index, served, copied, keys_copied,
     values_copied, reading as there, all but codes and steps contiguous; slots of k, v, codes and steps agree.

@@ -37,7 +37,6 @@ back from N positions. Needs the rotary embedding (UnsupportedModelError).
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -181,10 +180,10 @@ class TokenSelect(Method):
 
     def _one_call(self, step: Step, k: Tensor, v: Tensor) -> bool:
         """Whether one call of the C++ kernel takes a whole decode step."""
-        if self.bits != 8 or self.kernel != 1 or self.head_map != "group" or step.softcap is not None:
+        plain = self.bits == 8 and self.kernel == 1 and self.head_map == "group"
+        if not plain or step.softcap is not None or step.sink is not None:
             return False
-        wanted = os.environ.get("FOVEATE_BACKEND", "auto") in ("auto", "cpp")
-        return wanted and step.sink is None and cpp_votes.why_not_token(step.q, k, v) is None
+        return step.q.shape[-1] <= cpp_votes.MAX_SIZE and reads_in_place(step.q, k, v)
 
     def _attend_token(self, step: Step, rope: RopeLike) -> Tensor | None:
         """A decode step where slot j holds token j, by one call; None: where that cannot be."""
