@@ -324,7 +324,7 @@ def test_a_vector_turned_to_each_position(dtype: torch.dtype, rotate: object, ba
 def test_the_best_of_a_long_row_are_found_by_several_threads(rows: int, levels: int) -> None:
     scores = torch.randint(-levels, levels, (1, rows, 20_011)).float() / 7
     scores[0, 0, 17_000:] = -torch.inf
-    order = scores.sort(-1, descending=True, stable=True)
+    order = scores.sort(dim=-1, descending=True, stable=True)
     for count in (1, 700, 12_000, 20_011):
         found = top_slots(scores, count)
         for r in range(rows):
