@@ -307,18 +307,6 @@ def test_bad_rows() -> None:
         take_rows(x, index[0])
 
 
-@pytest.mark.parametrize("rotate", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("dtype", GATES)
-def test_a_vector_turned_to_each_position(dtype: torch.dtype, rotate: object, backend: str) -> None:
-    assert callable(rotate)
-    x, at = torch.randn(2, 5, 1, 16).to(dtype), torch.tensor([0, 7, 100])
-    table = RotaryTable.of(rotate, at, x)
-    assert table is not None
-    found, expected = table.turn_to_each(x), rotate(x.double().expand(-1, -1, 3, -1), at[None])
-    assert found.dtype == dtype
-    assert (found - expected).norm() <= GATES[dtype] * (1 if dtype != torch.float64 else 1e3) * expected.norm()
-
-
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("levels", [3, 500, 10**6])
 def test_the_best_of_a_long_row_are_found_by_several_threads(rows: int, levels: int) -> None:

@@ -245,15 +245,6 @@ class RotaryTable:
         turned = torch.stack((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -2).flatten(-3)
         return (torch.cat((turned, work[..., width:]), -1) if width < x.shape[-1] else turned).to(x.dtype)
 
-    def turn_to_each(self, x: Tensor) -> Tensor:
-        """x [B, H, 1, D] rotated to every position of the table: [B, H, K, D] in x's dtype."""
-        B, H, _, D = x.shape
-        out = x.new_empty(B, H, self.cos.shape[0], D)
-        if cpp_scoring.why_not_take(x, out) is not None:
-            return self.turn(x.expand(-1, -1, self.cos.shape[0], -1))
-        cpp_scoring.take(x, torch.zeros(B, self.cos.shape[0], dtype=torch.int64), self.cos, self.sin, self.span, out)
-        return out
-
 
 def _check_table(what: str, table: RotaryTable | None, index: Tensor, tokens: int, compact: bool) -> None:
     """That a table has a position for every entry of a list, or for every move of a compact one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,15 +76,18 @@ def votes(q: Tensor, k: Tensor, scale: float, groups: int, greatest: bool) -> Te
 def choose(q: Tensor, k: Tensor, scale: float, first: int, count: int) -> Tensor:
     """Slots 0..first - 1, and first + those of the `count` keys of k [B, Hkv, N, D] that the heads of q [B, Hkv, G, D]
     vote for, ascending: int64 [B, first + count]."""
-    B, H, G, D = q.shape
     q = q.contiguous()
-    out = torch.empty(B, first + count, dtype=torch.int64)
-    library().foveate_choose(
-        *_against(q, k),
-        B,
-        H,
-        G,
-        D,
+    return chosen(library().foveate_choose, _against(q, k), q.shape, scale, first, count)
+
+
+def chosen(
+    call: Callable[..., Any], against: tuple[Any, ...], shape: Sequence[int], scale: float, first: int, count: int
+) -> Tensor:
+    """What a kernel that takes queries of a shape [B, Hkv, G, D] against keys chooses: int64 [B, first + count]."""
+    out = torch.empty(shape[0], first + count, dtype=torch.int64)
+    call(
+        *against,
+        *shape,
         ctypes.c_float(scale),
         torch.get_num_threads(),
         ctypes.c_int64(first),

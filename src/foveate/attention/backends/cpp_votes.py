@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.attention.backends.cpp.build import library, why_unavailable
 from foveate.attention.backends.cpp_plans import KINDS
-from foveate.attention.backends.cpp_scoring import starts
+from foveate.attention.backends.cpp_scoring import chosen, starts
 
 # Beyond this head size a sum of products of codes may overflow 32 bits.
 MAX_SIZE = 512
@@ -27,10 +27,8 @@ def why_not(q: Tensor, codes: Tensor) -> str | None:
 
 def choose(q: Tensor, codes: Tensor, step: Tensor, scale: float, first: int, count: int) -> Tensor:
     """As `cpp_scoring.choose`: q [B, Hkv, G, D] float32 with keys step [B, Hkv, N] times codes [B, Hkv, N, D]."""
-    B, H, G, D = q.shape
     q, step = q.contiguous(), step if step.stride(-1) == 1 else step.contiguous()
-    out = torch.empty(B, first + count, dtype=torch.int64)
-    library().foveate_choose_bytes(
+    against = (
         ctypes.c_void_p(q.data_ptr()),
         ctypes.c_void_p(codes.data_ptr()),
         starts(codes),
@@ -38,17 +36,8 @@ def choose(q: Tensor, codes: Tensor, step: Tensor, scale: float, first: int, cou
         starts(step),
         ctypes.c_int64(codes.stride(2)),
         ctypes.c_int64(codes.shape[2]),
-        B,
-        H,
-        G,
-        D,
-        ctypes.c_float(scale),
-        torch.get_num_threads(),
-        ctypes.c_int64(first),
-        ctypes.c_int64(count),
-        ctypes.c_void_p(out.data_ptr()),
     )
-    return out
+    return chosen(library().foveate_choose_bytes, against, q.shape, scale, first, count)
 
 
 class TokenStep(ctypes.Structure):

@@ -187,8 +187,9 @@ class TokenSelect(Method):
 
     def _attend_token(self, step: Step, rope: RopeLike) -> Tensor | None:
         """A decode step where slot j holds token j, by one call; None: where that cannot be."""
-        k, v, rotations = step.k, step.v, self._rotations(step, rope)
-        if rotations is None or rotations.back is None or not self._one_call(step, k, v):
+        k, v = step.k, step.v
+        rotations = self._rotations(step, rope) if self._one_call(step, k, v) else None
+        if rotations is None or rotations.back is None:
             return None
         state: Selection = step.state
         assert state.codings is not None
@@ -226,18 +227,18 @@ class TokenSelect(Method):
         )
         part = Part(slice(None), step.q, k, v, k)
         self._record(step, part, 0)
-        return (
-            self._read_rows(step, part, self._chosen(step, state, rotations, part, reading[0])) if out is None else out
-        )
+        if out is not None:
+            return out
+        return self._read_rows(step, part, self._chosen(step, state, rotations, part, reading[0]))
 
     def _row(self, step: Step, row: int, real: Tensor, state: Selection) -> Part:
         """One sequence of a padded batch without its padding."""
         here = slice(row, row + 1)
         slots = (step.cache.positions_or_fail()[row, 0] >= 0).nonzero()[:, 0]
         first, n = int(slots[0]), slots.numel()
+        unbroken = int(slots[-1]) - first + 1 == n
 
         def held(x: Tensor) -> Tensor:
-            unbroken = int(slots[-1]) - first + 1 == n
             return x[here].narrow(2, first, n) if unbroken else x[here].index_select(2, slots)
 
         votes = ballots.ballots(step, here, held, state.codings)
